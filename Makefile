@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+help:  ## print this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,dev]'
+	@touch $@
+
+demo: $(READY)  ## a pretrained sentence encoder -> a proved int8 ONNX file in build/minilm
+	$(BIN)/qatgraph run examples/jobs/minilm.toml
+
+test: $(READY)  ## the quick tests, under 10 minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(READY)  ## everything: real models, emulated instruction sets, training
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+golden: $(READY)  ## write the golden texts anew; review the diff
+	$(BIN)/python -m pytest -q tests/test_golden.py --golden-write
+
+bench: $(READY)  ## measure; JSON in build/bench
+	$(BIN)/python benchmarks/bench_latency.py && $(BIN)/python benchmarks/bench_stages.py
+
+clean:  ## remove what was built, and the virtual environment
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help demo test test-all lint golden bench clean

@@ -1,0 +1,319 @@
+"""Graph[QDQ] -> ONNX, on torch's own exporter; then names, forms and constants as the plan wants them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qatgraph.errors import LowerError
+from qatgraph.ir.graph import Graph, GraphInfo, export_shapes
+from qatgraph.ir.meta import NodeRecord
+from qatgraph.ir.names import Namer
+from qatgraph.operators import DEQUANTIZE, QUANTIZE
+from qatgraph.planning.plan import Plan
+
+SCALED = ("QuantizeLinear", "DequantizeLinear")
+
+
+def to_onnx(graph: Graph, plan: Plan, opset: int, metadata: dict[str, str]) -> bytes:
+    """Serialize a graph of the stage qdq. The same graph and plan give the same bytes.
+
+    Raises:
+        LowerError: QG503 the exporter or the checker refuses the graph.
+    """
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    model = _export(graph, opset)
+    optimizer.fold_constants(model)
+    for clean in (
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    ):
+        clean(model)
+    owners = _name_nodes(model, graph.info)
+    for placement in plan.placements:
+        write = FORMS.get(placement.form)
+        if write is not None:
+            write(model, owners[placement.node], placement.bias)
+    _own_constants(model)
+    common.RemoveUnusedNodesPass()(model)
+    _strip(model)
+    from qatgraph import __version__
+
+    model.producer_name, model.producer_version = "qatgraph", __version__
+    model.metadata_props.update(metadata)
+    proto = ir.to_proto(model)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise LowerError(
+            "QG503", "the lowered model is not valid ONNX", where=graph.info.root, why=str(error)
+        ) from error
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        LowerError: QG504 the folder does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise LowerError(
+            "QG504",
+            f"cannot write '{path.name}'",
+            where=str(path.parent),
+            why=error.strerror or str(error),
+            todo="choose a folder that you may write to",
+        ) from error
+
+
+def _export(graph: Graph, opset: int) -> Any:
+    info = graph.info
+    shapes = export_shapes(graph.module, info.args, info.kwargs, info.dims)
+    try:
+        with quiet():
+            program = torch.export.export(graph.module, info.args, info.kwargs, dynamic_shapes=shapes)
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=_translations(opset),
+                input_names=list(info.inputs),
+                dynamic_shapes=shapes,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise LowerError(
+            "QG503",
+            f"torch's ONNX exporter refuses {info.root}",
+            where=info.root,
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            todo="pin the operation that it names, or rewrite it in the model",
+        ) from error
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    import importlib
+
+    op: Any = getattr(importlib.import_module("onnxscript"), f"opset{opset}")
+
+    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.QuantizeLinear(x, scale, zero_point)
+
+    def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter warns about torchvision and its own deprecations; neither is the user's business."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_nodes(model: Any, info: GraphInfo) -> dict[str, list[Any]]:
+    """Give every ONNX node the name of our node, ``/``, its operation type, and every
+    value the name of its node or the user's; returns the ONNX nodes of each of ours."""
+    namer = Namer()
+    owners: dict[str, list[Any]] = {}
+    results = set(model.graph.outputs)
+    for node in model.graph:
+        source = node.meta.get("node")
+        found = source.meta.get("custom", {}).get("qatgraph") if source is not None else None
+        ours = found.name if isinstance(found, NodeRecord) else f"{info.root}:size"  # torch makes size nodes anew
+        node.name = namer(f"{ours}/{node.op_type}")
+        for i, value in enumerate(node.outputs):
+            if value not in results:  # torch names values after operators, which may be the user's output names
+                value.name = f"{node.name}/out{i or ''}"
+        owners.setdefault(ours, []).append(node)
+    for value, name in zip(model.graph.outputs, info.outputs, strict=True):
+        value.name = name
+    return owners
+
+
+def _as_matmul(model: Any, nodes: list[Any], bias: str) -> None:
+    """DQ(w[N,K]) -> Transpose -> MatMul -> Add(b) becomes DQ(w[K,N]) -> MatMul -> Add(b of the wanted shape)."""
+    matmul = _the(nodes, "MatMul")
+    transpose = matmul.inputs[1].producer()
+    dequantize = transpose.inputs[0].producer()
+    weight = dequantize.inputs[0]
+    turned = np.ascontiguousarray(weight.const_value.numpy().T)
+    dequantize.replace_input_with(0, _initializer(model, f"{weight.name}/transposed", turned))
+    if dequantize.inputs[1].shape.rank():
+        dequantize.attributes["axis"] = _int_attribute("axis", 1)
+    dequantize.outputs[0].shape = None
+    matmul.replace_input_with(1, dequantize.outputs[0])
+    if bias == "row":
+        add = _the(nodes, "Add")
+        index = next(i for i, value in enumerate(add.inputs) if value.const_value is not None)
+        vector = add.inputs[index]
+        rank = add.outputs[0].shape.rank()
+        row = vector.const_value.numpy().reshape([1] * (rank - 1) + [-1])
+        add.replace_input_with(index, _initializer(model, f"{vector.name}/row", row))
+
+
+def _as_sum(model: Any, nodes: list[Any], bias: str) -> None:
+    add = _the(nodes, "Add")
+    add.op_type = "Sum"
+    add.name = add.name.removesuffix("/Add") + "/Sum"
+
+
+def _as_max(model: Any, nodes: list[Any], bias: str) -> None:
+    """Relu -> Max(x, 0)."""
+    import onnx_ir as ir
+
+    relu = _the(nodes, "Relu")
+    name = relu.name.removesuffix("/Relu") + "/Max"
+    zero = _initializer(model, f"{name}/zero", np.zeros((), np.float32))
+    new = ir.Node("", "Max", [relu.inputs[0], zero], num_outputs=1, name=name)
+    new.outputs[0].name, new.outputs[0].dtype, new.outputs[0].shape = (
+        relu.outputs[0].name,
+        relu.outputs[0].dtype,
+        relu.outputs[0].shape,
+    )
+    ir.convenience.replace_nodes_and_values(model.graph, relu, [relu], [new], relu.outputs, new.outputs)
+
+
+def _as_packed_heads(model: Any, nodes: list[Any], bias: str) -> None:
+    """Attention over ``[batch, length, heads * width]``: drop the reshapes and transposes around it, if they are there.
+
+    The kernel splits the heads itself; bit-equal, and 11 % of MiniLM's time (docs/decisions/attention-heads.md).
+    """
+    import onnx_ir as ir
+
+    attention = _the(nodes, "Attention")
+    packed = [_packed(value) for value in attention.inputs[:3]]
+    merged = _reader(attention.outputs[0], "Transpose")
+    joined = _reader(merged.outputs[0], "Reshape") if merged is not None else None
+    if joined is None or joined.outputs[0].is_graph_output() or any(value is None for value in packed):
+        return
+    if joined.outputs[0].shape.rank() != 3 or list(merged.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return
+    for name, value in (("q_num_heads", attention.inputs[0]), ("kv_num_heads", attention.inputs[1])):
+        attention.attributes[name] = ir.AttrInt64(name, value.shape[1])
+    for i, value in enumerate(packed):
+        attention.replace_input_with(i, value)
+    attention.outputs[0].shape = joined.outputs[0].shape
+    ir.convenience.replace_all_uses_with(joined.outputs[0], attention.outputs[0])
+
+
+def _packed(value: Any) -> Any:
+    """The ``[batch, length, heads * width]`` value behind Reshape -> Transpose(0, 2, 1, 3), or None."""
+    transpose = value.producer()
+    if transpose is None or transpose.op_type != "Transpose" or not isinstance(value.shape[1], int):
+        return None
+    reshape = transpose.inputs[0].producer()
+    if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or reshape is None or reshape.op_type != "Reshape":
+        return None
+    source = reshape.inputs[0]
+    whole = value.shape[1] * value.shape[3] if isinstance(value.shape[3], int) else None
+    return source if source.shape is not None and source.shape.rank() == 3 and source.shape[2] == whole else None
+
+
+def _reader(value: Any, op_type: str) -> Any:
+    """The one node that reads the value, if it is of this type."""
+    readers = list(value.uses())
+    return readers[0].node if len(readers) == 1 and readers[0].node.op_type == op_type else None
+
+
+# How the forms of a target's rows are written; a form that is not here is what the exporter writes anyway.
+FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
+    "matmul": _as_matmul,
+    "sum": _as_sum,
+    "max": _as_max,
+    "packed-heads": _as_packed_heads,
+}
+
+
+def _the(nodes: list[Any], op_type: str) -> Any:
+    return next(n for n in nodes if n.op_type == op_type)
+
+
+def _initializer(model: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
+    import onnx_ir as ir
+
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    model.graph.initializers[name] = value
+    return value
+
+
+def _int_attribute(name: str, value: int) -> Any:
+    import onnx_ir as ir
+
+    return ir.AttrInt64(name, value)
+
+
+def _own_constants(model: Any) -> None:
+    """Every quantize and dequantize gets its own scale and zero point, and one reader.
+
+    ORT refuses a file under ``session.x64quantprecision=1`` when two of them share a zero point.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        for reader, index in list(node.outputs[0].uses())[1:]:
+            twin = ir.Node("", "DequantizeLinear", list(node.inputs), dict(node.attributes), num_outputs=1)
+            twin.name = f"{reader.name.rpartition('/')[0]}:{'x' if index == 0 else index}/DequantizeLinear"
+            twin.outputs[0].name = f"{twin.name}/out"
+            twin.outputs[0].dtype, twin.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+            model.graph.insert_before(reader, twin)
+            reader.replace_input_with(index, twin.outputs[0])
+    for node in model.graph:
+        if node.op_type in SCALED:
+            for index, role in ((1, "scale"), (2, "zero_point")):
+                array = node.inputs[index].const_value.numpy()
+                node.replace_input_with(index, _initializer(model, f"{node.name}/{role}", array))
+
+
+def _strip(model: Any) -> None:
+    """Drop what the exporter notes beside the graph: its stack traces hold paths of this machine."""
+    used = {value.name for node in model.graph for value in node.inputs if value is not None}
+    for name in [n for n in model.graph.initializers if n not in used]:
+        del model.graph.initializers[name]
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()

@@ -1,0 +1,84 @@
+"""insert-quantizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from qatgraph.ir.graph import Graph, arguments
+from qatgraph.ir.meta import record
+from qatgraph.ir.names import attribute_path
+from qatgraph.ir.stages import Stage
+from qatgraph.planning.plan import Plan, Quantizer
+from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.rewriting.edit import Edit
+from qatgraph.rewriting.passes import GraphPass, same
+from qatgraph.rewriting.pattern import Refusal
+from qatgraph.specs import ScaleRule
+
+
+@dataclass(frozen=True)
+class InsertQuantizers(GraphPass):
+    """Put the plan's fake quantizers into the graph.
+
+    What: one module for each quantizer of the plan, called on every value that it stands on.
+    Why: the result trains as an ordinary ``nn.Module`` and already rounds as the target will.
+    Before and after: ``x -> linear(w)`` becomes ``x -> fake_quantize -> linear(fake_quantize(w))``.
+    Refuses: nothing; a plan for another graph is refused before.
+    Numerics: same, until calibration switches the quantizers on.
+    """
+
+    name = "insert-quantizers"
+    stage = Stage.CANONICAL
+    numerics = same
+    plan: Any = field(default=None)
+
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        plan: Plan = self.plan
+        nodes = {record(n).name: n for n in graph.nodes}
+        for quantizer in plan.quantizers:
+            if quantizer.spec.scale is ScaleRule.DERIVED:
+                continue  # a derived bias follows its accumulator at conversion
+            _insert(quantizer, nodes, edit)
+        return []
+
+
+def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None:
+    first = next(p for p in quantizer.ports if str(p) == quantizer.name)
+    owner = record(nodes[first.node]).module
+    path = attribute_path(owner, quantizer.name.removeprefix(owner).removeprefix(":"))
+    module: FakeQuantize
+    if first.role == "weight":
+        module = WeightFakeQuantize(quantizer.spec)
+    else:
+        module = ActivationFakeQuantize(quantizer.spec, quantizer.observer)
+    # a producer that writes integers comes first: then its readers already read the quantized value
+    for port in sorted(quantizer.ports, key=lambda p: p.role != "out"):
+        node = nodes[port.node]
+        if port.role == "out":
+            _on_result(node, path, module, edit)
+        elif port.role == "weight" and record(node).kind == "embedding":
+            _on_result(node, path, module, edit, dict(arguments(node))["weight"])
+        else:
+            _on_argument(node, port.role, path, module, edit)
+
+
+def _on_result(node: fx.Node, path: str, module: FakeQuantize, edit: Edit, *more: fx.Node) -> None:
+    """Every user of the node reads the quantized result."""
+    users = list(node.users)
+    rank = {n: i for i, n in enumerate(node.graph.nodes)}
+    quantized = edit.module(path, module, node, *more, at=min(users, key=rank.__getitem__), near=node)
+    for user in users:
+        user.replace_input_with(node, quantized)
+
+
+def _on_argument(node: fx.Node, role: str, path: str, module: FakeQuantize, edit: Edit) -> None:
+    index = [r for r, _ in arguments(node)].index(role)
+    source = node.args[index]
+    assert isinstance(source, fx.Node)
+    if source.target == path:
+        return
+    known = next((u for u in source.users if u.target == path), None)
+    node.update_arg(index, known or edit.module(path, module, source, at=node, near=node))

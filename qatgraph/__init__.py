@@ -1,0 +1,113 @@
+"""qatgraph: a compiler for quantization-aware training, whose plan is proved.
+
+The public names load on first use, so that ``import qatgraph`` costs little more than ``import torch``
+and a plan can be read without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qatgraph.version import __version__
+
+if TYPE_CHECKING:
+    from qatgraph.api import (
+        calibrate,
+        canonicalize,
+        capture,
+        lower,
+        plan,
+        prepare,
+        verify,
+    )
+    from qatgraph.errors import QatgraphError
+    from qatgraph.ir.graph import Graph
+    from qatgraph.job import JobData
+    from qatgraph.planning.constraints import Constraint, pin
+    from qatgraph.planning.plan import Plan
+    from qatgraph.planning.recipe import Override, Recipe
+    from qatgraph.planning.target import Target
+    from qatgraph.report.report import Report
+    from qatgraph.rewriting.edit import Edit
+    from qatgraph.rewriting.manager import PassManager
+    from qatgraph.rewriting.passes import GraphPass, PlanningPass, RewritePass, same, within
+    from qatgraph.rewriting.pattern import Any as AnyValue
+    from qatgraph.rewriting.pattern import Const, Match, Number, Op
+    from qatgraph.training.loop import distill
+
+_HOME = {
+    "AnyValue": "rewriting.pattern:Any",
+    "Const": "rewriting.pattern",
+    "Constraint": "planning.constraints",
+    "Edit": "rewriting.edit",
+    "Graph": "ir.graph",
+    "GraphPass": "rewriting.passes",
+    "JobData": "job",
+    "Match": "rewriting.pattern",
+    "Number": "rewriting.pattern",
+    "Op": "rewriting.pattern",
+    "Override": "planning.recipe",
+    "PassManager": "rewriting.manager",
+    "Plan": "planning.plan",
+    "PlanningPass": "rewriting.passes",
+    "QatgraphError": "errors",
+    "Recipe": "planning.recipe",
+    "Report": "report.report",
+    "RewritePass": "rewriting.passes",
+    "Target": "planning.target",
+    "calibrate": "api",
+    "canonicalize": "api",
+    "capture": "api",
+    "distill": "training.loop",
+    "lower": "api",
+    "pin": "planning.constraints",
+    "plan": "api",
+    "prepare": "api",
+    "same": "rewriting.passes",
+    "verify": "api",
+    "within": "rewriting.passes",
+}
+
+__all__ = [
+    "AnyValue",
+    "Const",
+    "Constraint",
+    "Edit",
+    "Graph",
+    "GraphPass",
+    "JobData",
+    "Match",
+    "Number",
+    "Op",
+    "Override",
+    "PassManager",
+    "Plan",
+    "PlanningPass",
+    "QatgraphError",
+    "Recipe",
+    "Report",
+    "RewritePass",
+    "Target",
+    "calibrate",
+    "canonicalize",
+    "capture",
+    "distill",
+    "lower",
+    "pin",
+    "plan",
+    "prepare",
+    "same",
+    "verify",
+    "within",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qatgraph' has no attribute '{name}'")
+    home, _, attribute = _HOME[name].partition(":")
+    value = getattr(import_module(f"qatgraph.{home}"), attribute or name)
+    globals()[name] = value
+    return value

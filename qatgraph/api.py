@@ -1,0 +1,185 @@
+"""The public verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qatgraph.errors import PlanError, TargetError, VerifyError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qatgraph.frontend import DynamicShapes
+    from qatgraph.ir.graph import Batch, Graph
+    from qatgraph.planning.plan import Plan
+    from qatgraph.planning.recipe import Recipe
+    from qatgraph.planning.target import Target
+    from qatgraph.report.report import Report
+    from qatgraph.rewriting.passes import Pass
+
+
+def capture(
+    model: torch.nn.Module,
+    inputs: Batch,
+    dynamic_shapes: DynamicShapes | None = None,
+    *,
+    output_names: tuple[str, ...] | None = None,
+    share_with: Graph | None = None,
+) -> Graph:
+    """Trace a model into a graph; see ``qatgraph.frontend.capture``."""
+    from qatgraph.frontend import capture as run
+
+    return run(model, inputs, dynamic_shapes, output_names=output_names, share_with=share_with)
+
+
+def canonicalize(graph: Graph, passes: Sequence[Pass] = ()) -> Graph:
+    """Run the canonical pipeline, then the graph passes among ``passes``; every pass is checked.
+
+    Raises:
+        PassError: QG2xx a pass failed or broke its contract.
+    """
+    from qatgraph.passes import CANONICALIZE
+    from qatgraph.rewriting.manager import PassManager
+    from qatgraph.rewriting.passes import GraphPass
+    from qatgraph.rewriting.registry import make_pass
+
+    pipeline = [*(make_pass(p) for p in CANONICALIZE), *passes]
+    return PassManager([p for p in pipeline if isinstance(p, GraphPass)]).run(graph)
+
+
+def plan(
+    graph: Graph,
+    target: str | Target = "ort-cpu",
+    recipe: str | Recipe = "int8",
+    *,
+    passes: Sequence[Pass] = (),
+) -> Plan:
+    """Decide what becomes int8 on a target, and why. The graph stays as it is.
+
+    Args:
+        graph: what ``capture`` returned.
+        target: a built-in name, the path of a TOML file, or a Target.
+        recipe: ``"int8"``, the path of a TOML file, or a Recipe.
+        passes: further passes; rewrites run at the end of canonicalization, planning passes after the built-in ones.
+
+    Raises:
+        PlanError: QG301 a selector matches nothing, QG305 constraints contradict each other.
+        TargetError: QG401, QG402 the target is unknown or not valid.
+    """
+    from qatgraph.passes import PLANNING
+    from qatgraph.planning.build import PlanningContext, build_plan
+    from qatgraph.planning.facts import facts_of
+    from qatgraph.planning.recipe import load_recipe
+    from qatgraph.planning.target import Target, load_target
+    from qatgraph.rewriting.passes import PlanningPass
+    from qatgraph.rewriting.registry import make_pass
+
+    canonical = canonicalize(graph, passes)
+    table = target if isinstance(target, Target) else load_target(target)
+    wish = load_recipe(recipe)
+    context = PlanningContext(table, wish, facts_of(canonical))
+    pipeline = [*(make_pass(p) for p in PLANNING), *passes]
+    constraints = [c for p in pipeline if isinstance(p, PlanningPass) for c in p.state(canonical, context)]
+    hashes = {
+        "graph": canonical.structural_hash(),
+        "weights": canonical.weights_hash(),
+        "target": table.hash(),
+        "recipe": wish.hash(),
+    }
+    return build_plan(context, constraints, hashes)
+
+
+def prepare(graph: Graph, plan: Plan, *, passes: Sequence[Pass] = ()) -> torch.nn.Module:
+    """The trainable model: the captured model with the plan's fake quantizers, and the model's signature.
+
+    Its parameters are the graph's (not the user's model's). Quantizers pass values through until ``calibrate``.
+
+    Raises:
+        PlanError: QG307 the plan was made for another model.
+    """
+    from qatgraph.ir.stages import Stage
+    from qatgraph.passes.insert_quantizers import InsertQuantizers
+    from qatgraph.rewriting.manager import PassManager
+
+    canonical = canonicalize(graph, passes)
+    if plan.hashes.get("graph") != canonical.structural_hash():
+        raise PlanError(
+            "QG307",
+            "the plan was made for another model",
+            where=f"plan for {plan.target}, {len(plan.nodes)} nodes",
+            why="the structural hash of the graph differs: another architecture, input, torch version or set of passes",
+            todo="make a new plan with `qatgraph plan JOB.toml`, and compare with `qatgraph diff`",
+        )
+    prepared = PassManager([InsertQuantizers(plan)], leaves=Stage.PREPARED).run(canonical)
+    prepared.set_info(plan=plan)
+    return prepared.module
+
+
+def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+    from qatgraph.calibration import calibrate as run
+
+    run(qat, batches, progress=progress)
+
+
+def lower(qat: torch.nn.Module, path: str | Path) -> Path:
+    """Convert a calibrated model and write the artifact of its plan's target, atomically.
+
+    Raises:
+        LowerError: QG5xx not calibrated, not exportable, or not writable.
+        TargetError: QG403 the target has no backend.
+    """
+    from qatgraph.conversion import convert
+    from qatgraph.ir.graph import Graph
+
+    prepared = Graph.of(qat)
+    backend = load_backend(prepared.info.plan)
+    data: bytes = backend.lower(convert(prepared), prepared.info.plan)
+    backend.write(Path(path), data)
+    return Path(path)
+
+
+def load_backend(plan: Plan) -> Any:
+    """The module that lowers, loads and audits for the plan's target."""
+    if not plan.backend:
+        raise TargetError(
+            "QG403",
+            f"the target '{plan.target}' can be planned for, but not lowered to",
+            where=plan.target,
+            why="its table names no backend",
+            todo="write a module with lower(graph, plan), write, load and audit beside backends/ort_cpu.py, "
+            "and name it in the table: backend = '...'",
+        )
+    return import_module(f"qatgraph.backends.{plan.backend}")
+
+
+def verify(
+    qat: torch.nn.Module,
+    artifact: str | Path,
+    batches: Sequence[Batch],
+    *,
+    float_model: torch.nn.Module | None = None,
+    labels: Sequence[torch.Tensor] | None = None,
+) -> Report:
+    """Prove an artifact: kernels, overflow, every region against the integer reference, distance to the models.
+
+    Args:
+        qat: the model that was lowered.
+        artifact: the file.
+        batches: evaluation batches.
+        float_model: the user's model; without it the distance to float is not reported.
+        labels: one tensor a batch, for top-1.
+
+    Returns:
+        The report; ``report.check()`` raises if anything failed.
+    """
+    from qatgraph.ir.graph import Graph
+    from qatgraph.proof import prove
+
+    path = Path(artifact)
+    if not path.is_file():
+        raise VerifyError("QG604", f"there is no file '{path.name}'", where=str(path.parent), todo="lower first")
+    backend = load_backend(Graph.of(qat).info.plan)
+    return prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)

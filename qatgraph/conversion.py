@@ -1,0 +1,151 @@
+"""Convert: Graph[PREPARED] -> Graph[QDQ], with integer weights and constant scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from qatgraph.errors import LowerError
+from qatgraph.ir.graph import Graph, arguments
+from qatgraph.ir.meta import record
+from qatgraph.ir.stages import Stage, verify_structure
+from qatgraph.operators import DEQUANTIZE, QUANTIZE
+from qatgraph.planning.plan import Plan
+from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.rewriting.edit import Edit
+from qatgraph.specs import DType
+
+INTEGER = {DType.U8: torch.uint8, DType.S8: torch.int8, DType.S32: torch.int32}
+
+
+def convert(prepared: Graph) -> Graph:
+    """The graph as it will run: every quantized reader gets a dequantize of its own, dropout goes.
+
+    Raises:
+        LowerError: QG501 a quantizer has not been calibrated.
+    """
+    prepared = Graph(prepared.module)
+    graph = prepared.clone()
+    edit = Edit(graph, "convert")
+    modules = dict(graph.module.named_modules(remove_duplicate=False))
+    for node in list(graph.module.graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, torch.nn.Dropout):
+            edit.bypass(node, node.args[0])
+        elif isinstance(module, FakeQuantize):
+            if not module.on:
+                raise _uncalibrated(node)
+            if isinstance(module, ActivationFakeQuantize):
+                _activation(node, module, edit)
+            elif isinstance(module, WeightFakeQuantize):
+                (_table if len(node.args) > 1 else _weight)(node, module, edit)
+    plan: Plan = graph.info.plan
+    _biases([p.node for p in plan.placements if p.bias == "int32"], graph, edit)
+    graph.module.graph.eliminate_dead_code()
+    graph.module.delete_all_unused_submodules()
+    graph.module.recompile()
+    graph.set_info(stage=Stage.QDQ)
+    graph.module.eval()
+    verify_structure(graph.module, Stage.QDQ, "convert")
+    return graph
+
+
+def _uncalibrated(node: fx.Node) -> LowerError:
+    return LowerError(
+        "QG501",
+        "a quantizer has not been calibrated",
+        where=str(node.target),
+        why="its grid is unknown",
+        todo="call qatgraph.calibrate(qat, batches), or load a state_dict of a calibrated model",
+    )
+
+
+def _activation(node: fx.Node, module: ActivationFakeQuantize, edit: Edit) -> None:
+    source, path, users = node.args[0], str(node.target), list(node.users)
+    assert isinstance(source, fx.Node)
+    kind = INTEGER[module.spec.dtype]
+    scale = edit.constant(f"{path}/scale", module.scale.detach(), node)
+    zero = edit.constant(f"{path}/zero_point", module.zero_point.detach().to(kind), node)
+    q = edit.custom(QUANTIZE, source, scale, zero, at=node, near=node, kind="quantize")
+    _dequantize(node, users, q, scale, zero, 0, edit)
+
+
+def _dequantize(
+    node: fx.Node, users: Iterable[fx.Node], q: fx.Node, scale: fx.Node, zero: fx.Node, axis: int, edit: Edit
+) -> None:
+    """One dequantize a user, in the user's module: engines fuse only a dequantize with a single reader."""
+    for user in users:
+        near = user if user.op == "call_function" else node
+        own = edit.custom(
+            DEQUANTIZE, q, scale, zero, axis, at=user if near is user else node, near=near, kind="dequantize"
+        )
+        user.replace_input_with(node, own)
+    edit.erase(node)
+
+
+def _weight(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
+    weight = edit.graph.parameter(node.args[0])  # type: ignore[arg-type]
+    assert weight is not None
+    q, scale, zero = _integer_weight(node, str(node.args[0].target), weight, module, edit)  # type: ignore[union-attr]
+    _dequantize(node, list(node.users), q, scale, zero, module.spec.axis or 0, edit)
+
+
+def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
+    """``fake_quantize(embedding(table), table)`` -> ``dequantize(embedding(int8 table))``."""
+    lookup, source = node.args
+    assert isinstance(lookup, fx.Node)
+    assert isinstance(source, fx.Node)
+    table = edit.graph.parameter(source)
+    assert table is not None
+    q, scale, zero = _integer_weight(lookup, str(source.target), table, module, edit)
+    lookup.update_arg(0, q)
+    lookup.meta["val"] = lookup.meta["val"].to(torch.int8)
+    rows = edit.custom(DEQUANTIZE, lookup, scale, zero, 0, at=node, near=lookup, kind="dequantize")
+    edit.bypass(node, rows)
+
+
+def _integer_weight(
+    at: fx.Node, path: str, weight: torch.Tensor, module: WeightFakeQuantize, edit: Edit
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    integers, scale = module.integers(weight)
+    q = edit.constant(f"{path}/int8", integers, at)
+    return (
+        q,
+        edit.constant(f"{path}/scale", scale, at),
+        edit.constant(f"{path}/zero_point", torch.zeros_like(scale, dtype=torch.int8), at),
+    )
+
+
+def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
+    """Biases on the grid of their accumulator: int32 in units of ``s_x * s_w``."""
+    nodes = {record(n).name: n for n in graph.nodes}
+    for name in names:
+        node = nodes[name]
+        x, weight, bias = (arg for _, arg in list(arguments(node))[:3])
+        scale = _parameter(graph, x.args[1]) * _parameter(graph, weight.args[1])
+        value = _parameter(graph, bias)
+        top = float((value / scale).abs().max())
+        if top > DType.S32.qmax:
+            raise LowerError(
+                "QG502",
+                f"the bias of '{name}' does not fit into int32",
+                where=f"{name}.bias",
+                why=f"the largest bias is {top:.3g} accumulator steps",
+                todo="write the bias in float: bias = 'row' in a recipe line for this node",
+            )
+        q = torch.round(value.double() / scale.double()).to(torch.int32)
+        path = str(bias.target)
+        parts = [
+            edit.constant(f"{path}/int32", q, node),
+            edit.constant(f"{path}/scale", scale, node),
+            edit.constant(f"{path}/zero_point", torch.zeros_like(scale, dtype=torch.int32), node),
+        ]
+        node.update_arg(2, edit.custom(DEQUANTIZE, *parts, 0, at=node, near=node, kind="dequantize"))
+
+
+def _parameter(graph: Graph, node: fx.Node) -> torch.Tensor:
+    tensor = graph.parameter(node)
+    assert tensor is not None
+    return tensor.detach()

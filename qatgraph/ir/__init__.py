@@ -1,0 +1,1 @@
+"""The intermediate graph: fx of ATen operations, named by the user's modules."""

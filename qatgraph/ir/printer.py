@@ -1,0 +1,63 @@
+"""Stable text of a graph: one line a node, no addresses. Golden tests and diffs rest on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qatgraph.ir.graph import Graph
+from qatgraph.ir.meta import has_record, record, value_of
+
+
+def graph_text(graph: Graph) -> str:
+    info = graph.info
+    lines = [f"graph {info.root} [{info.stage.value}] ({', '.join(info.inputs)}) -> ({', '.join(info.outputs)})"]
+    symbols: dict[str, str] = {}
+    for leaf, node in enumerate(n for n in graph.module.graph.nodes if n.op == "placeholder"):
+        value = value_of(node)
+        for dim in info.dims:
+            if dim.leaf == leaf and isinstance(value, torch.Tensor):
+                symbols[str(value.shape[dim.axis])] = dim.name
+    for node in graph.module.graph.nodes:
+        if has_record(node):
+            lines.append(f"  {_label(node)} = {_call(node)} : {_type(node, symbols)}{_region(node)}")
+        elif node.op == "output":
+            lines.append(f"  return {_arg(node.args[0])}")
+    return "\n".join(lines) + "\n"
+
+
+def _label(node: fx.Node) -> str:
+    if has_record(node):
+        return record(node).name
+    return f"'{node.target}'" if node.op == "get_attr" else node.name
+
+
+def _call(node: fx.Node) -> str:
+    args = [_arg(a) for a in node.args] + [f"{k}={_arg(v)}" for k, v in node.kwargs.items()]
+    kind = record(node).kind
+    return f"{kind}({', '.join(args)})"
+
+
+def _arg(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return _label(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_arg(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_arg(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _type(node: fx.Node, symbols: dict[str, str]) -> str:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return "scalar"
+    sizes = ", ".join(symbols.get(str(s), str(s)) for s in value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def _region(node: fx.Node) -> str:
+    region = record(node).region
+    return f"  @{region}" if region else ""

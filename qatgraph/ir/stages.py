@@ -1,0 +1,66 @@
+"""What a graph must look like at each stage. A pass names the stage that it takes and leaves."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from torch import fx
+
+from qatgraph.errors import PassError
+from qatgraph.ir.meta import has_record
+
+
+class Stage(StrEnum):
+    CAPTURED = "captured"
+    CANONICAL = "canonical"
+    PREPARED = "prepared"
+    QDQ = "qdq"
+
+
+def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
+    """Refuse a graph that is not what its stage says: broken links, lost names, foreign operators."""
+    names: set[str] = set()
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            overload = str(node.target)
+            allowed = overload.startswith(("aten.", "qatgraph.")) or node.target.__module__ in (
+                "_operator",
+                "math",
+                "torch",
+            )
+            if not allowed:
+                raise _broken(author, stage, node, f"'{overload}' is not an ATen operator")
+            if overload.startswith("qatgraph.") and stage is not Stage.QDQ:
+                raise _broken(author, stage, node, "quantize and dequantize operators belong to the stage qdq")
+        elif node.op in ("get_attr", "call_module"):
+            if not _resolves(gm, str(node.target)):
+                raise _broken(author, stage, node, f"'{node.target}' does not exist in the module")
+            if node.op == "call_module" and stage is Stage.QDQ:
+                raise _broken(author, stage, node, "a module call does not belong to this stage")
+        if node.op in ("call_function", "call_module"):
+            if not has_record(node):
+                raise _broken(author, stage, node, "the node has no name; create nodes through Edit")
+            name = node.meta["custom"]["qatgraph"].name
+            if name in names:
+                raise _broken(author, stage, node, f"the name '{name}' is used twice")
+            names.add(name)
+    gm.graph.lint()
+
+
+def _resolves(gm: fx.GraphModule, path: str) -> bool:
+    owner: object = gm
+    for part in path.split("."):
+        if not hasattr(owner, part):
+            return False
+        owner = getattr(owner, part)
+    return True
+
+
+def _broken(author: str, stage: Stage, node: fx.Node, why: str) -> PassError:
+    return PassError(
+        "QG203",
+        f"the graph is not a valid '{stage.value}' graph after '{author}'",
+        where=f"node {node.name}",
+        why=why,
+        todo=f"mend '{author}', or report it if it ships with qatgraph",
+    )

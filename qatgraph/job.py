@@ -1,0 +1,190 @@
+"""Jobs: a TOML file that names model, data, target, recipe and training; and the folder that it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from qatgraph.errors import JobError
+from qatgraph.planning.user_files import UserModel, parse_toml, read_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from qatgraph.ir.graph import Batch
+
+
+@dataclass
+class JobData:
+    """What a data factory returns.
+
+    ``labels`` (one tensor an evaluation batch) make the report show top-1; ``latency`` is the batch to time;
+    ``facts`` go into the manifest (hash of the corpus, where it is from).
+    """
+
+    calibrate: Sequence[Batch]
+    evaluate: Sequence[Batch]
+    train: Sequence[Batch]
+    latency: Batch
+    labels: Sequence[torch.Tensor] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Dim(UserModel):
+    """Bounds of a dynamic dimension."""
+
+    min: int | None = None
+    max: int | None = None
+
+
+class Training(UserModel):
+    """See ``qatgraph.training.loop.Schedule``."""
+
+    steps: int = 300
+    lr: float = 1e-5
+    warmup: int = 20
+    clip: float = 1.0
+    dropout: bool = False
+
+
+class Job(UserModel):
+    """``model`` and ``data`` are ``file.py:function``, relative to the job; both are called with ``seed=`` and their
+    options. ``dynamic_shapes`` lists, for each input, the name of each axis (empty: fixed)."""
+
+    name: str
+    model: str
+    data: str
+    target: str = "ort-cpu"
+    recipe: str = "int8"
+    metric: Literal["cosine", "top1"] = "cosine"
+    seeds: tuple[int, ...] = (0,)
+    outputs: tuple[str, ...] = ()
+    dynamic_shapes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    dims: dict[str, Dim] = Field(default_factory=dict)
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    data_options: dict[str, Any] = Field(default_factory=dict)
+    training: Training = Training()
+
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        """``dynamic_shapes`` as ``capture`` takes them."""
+        import torch
+
+        def dim(name: str) -> Any:
+            bounds = self.dims.get(name, Dim())
+            return torch.export.Dim(name, min=bounds.min, max=bounds.max)
+
+        return {i: {a: dim(n) for a, n in enumerate(axes) if n} for i, axes in self.dynamic_shapes.items()}
+
+
+def load_job(path: Path) -> Job:
+    """Read a job file.
+
+    Raises:
+        JobError: QG801 unreadable, QG802 not a valid job.
+    """
+    text = read_text(path, what="job", error=JobError, code="QG801")
+    return parse_toml(
+        Job, text, where=path.name, error=JobError, code="QG802", todo="compare with examples/jobs/digits.toml"
+    )
+
+
+def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
+    """The function that ``file.py:function`` names.
+
+    Raises:
+        JobError: QG803 no such file or function, QG804 the file does not import.
+    """
+    file, _, name = spec.partition(":")
+    path = job_path.parent / file
+    if not path.is_file() or not name:
+        raise JobError(
+            "QG803",
+            f"the {what} factory '{spec}' does not exist",
+            where=job_path.name,
+            why=f"'{file}' is not a file beside the job" if not path.is_file() else "the function name is missing",
+            todo="write it as file.py:function, relative to the job file",
+        )
+    module_name = f"qatgraph_job_{path.stem}"
+    module = sys.modules.get(module_name)
+    if module is None or getattr(module, "__file__", None) != str(path):
+        loader = importlib.util.spec_from_file_location(module_name, path)
+        assert loader is not None
+        assert loader.loader is not None
+        module = importlib.util.module_from_spec(loader)
+        sys.modules[module_name] = module
+        try:
+            loader.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise JobError(
+                "QG804",
+                f"'{file}' does not import",
+                where=job_path.name,
+                why=f"{type(error).__name__}: {error}",
+                todo="install what it needs; the example jobs need the extra: pip install 'qatgraph[examples]'",
+            ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise JobError("QG803", f"'{file}' has no function '{name}'", where=job_path.name, todo="check the name")
+    function: Callable[..., Any] = found
+    return function
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its place when the block ends well; else ``path`` stays as it was.
+
+    Raises:
+        JobError: QG805 the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.parent / f".{path.name}.{os.getpid()}"
+        scratch.mkdir()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield scratch
+        _swap(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, path: Path) -> None:
+    old = scratch.with_name(scratch.name + ".old")
+    try:
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(scratch, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> JobError:
+    return JobError(
+        "QG805",
+        f"cannot write the output folder '{path.name}'",
+        where="--output",
+        why=error.strerror or str(error),
+        todo="choose a folder that you may write to: --output DIR",
+    )
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

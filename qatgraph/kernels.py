@@ -1,0 +1,72 @@
+"""Kernels: what the plan predicted against what the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qatgraph.planning.plan import Plan, Prediction
+
+
+@dataclass(frozen=True)
+class KernelNode:
+    """One node of the graph that the engine really runs. ``int8``: it reads 8-bit integers."""
+
+    name: str
+    kernel: str
+    int8: bool
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A broken prediction, with the rule that made it."""
+
+    node: str
+    rule: str
+    predicted: str
+    realized: str
+
+    def __str__(self) -> str:
+        return f"'{self.node}': row '{self.rule}' predicts {self.predicted}, the engine runs {self.realized}"
+
+
+def owner(name: str) -> str:
+    """The planned node behind an engine node: ``a.query:linear/MatMul/MatMulAddFusion`` -> ``a.query:linear``.
+
+    Names of nodes hold no slash; the engine appends its own parts behind ours.
+    """
+    return name.partition("/")[0]
+
+
+def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch]:
+    """Every prediction that the engine does not honour, and every int8 kernel that nobody planned."""
+    by_owner: dict[str, list[KernelNode]] = {}
+    for node in realized:
+        by_owner.setdefault(owner(node.name), []).append(node)
+    found = []
+    for prediction in plan.predictions:
+        have = by_owner.get(prediction.node, [])
+        if not _honoured(prediction, have):
+            found.append(Mismatch(prediction.node, prediction.row, _wanted(prediction), _seen(have)))
+    int8 = {p.node for p in plan.predictions if p.int8}
+    for name, nodes in by_owner.items():
+        stray = [n for n in nodes if n.int8]
+        if stray and name not in int8 and plan.prediction(name) is None:
+            found.append(Mismatch(name, "no row", "no int8 kernel", _seen(stray)))
+    return found
+
+
+def _honoured(prediction: Prediction, have: Iterable[KernelNode]) -> bool:
+    """One node runs the kernel in the predicted precision, and none runs in the other."""
+    kernels = prediction.kernel.split("|")
+    right = [n for n in have if (not prediction.kernel or n.kernel in kernels) and n.int8 == prediction.int8]
+    wrong = [n for n in have if n.int8 and not prediction.int8]
+    return bool(right) and not wrong
+
+
+def _wanted(prediction: Prediction) -> str:
+    return f"{'int8' if prediction.int8 else 'float'} {prediction.kernel.replace('|', ' or ')}"
+
+
+def _seen(nodes: Iterable[KernelNode]) -> str:
+    return ", ".join(f"{'int8' if n.int8 else 'float'} {n.kernel}" for n in nodes) or "no node of this name"

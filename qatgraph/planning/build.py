@@ -1,0 +1,186 @@
+"""From constraints to the plan: collect, solve once, write once, with a reason for every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qatgraph.ir.topology import partitions
+from qatgraph.planning.constraints import Author, Constraint, Port
+from qatgraph.planning.facts import NodeFact
+from qatgraph.planning.plan import Alternative, Decision, Partition, Placement, Plan, Prediction, Quantizer
+from qatgraph.planning.predict import UNASKED, bias_of
+from qatgraph.planning.recipe import Recipe
+from qatgraph.planning.solver import Choice, Grid, Solution, port_options, solve, value_at
+from qatgraph.planning.target import Row, Target
+from qatgraph.specs import DType, Granularity, QuantSpec, ScaleRule
+
+DEFAULT = Author("default", "float fallback")
+
+
+@dataclass(frozen=True)
+class PlanningContext:
+    """What a planning pass may ask."""
+
+    target: Target
+    recipe: Recipe
+    facts: tuple[NodeFact, ...]
+
+
+def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hashes: dict[str, str]) -> Plan:
+    """Solve and write the plan; ``constraints`` come from the passes, the recipe adds its own."""
+    stated = sorted([*context.recipe.constraints(context.facts), *constraints], key=Constraint.order)
+    solution = solve(context.facts, context.target, stated)
+    quantizers, grid_decisions = _quantizers(solution, context, stated)
+    chosen: dict[str, str] = {n: (c.row.placement if c.row else "engine-float") for n, c in solution.choices.items()}
+    parts = _partitions(context.facts, chosen, quantizers)
+    number = {n: p.index for p in parts for n in p.nodes}
+    choices = solution.choices.values()
+    return Plan(
+        target=context.target.name,
+        backend=context.target.backend,
+        opset=context.target.opset,
+        recipe=context.recipe.name,
+        nodes=context.facts,
+        quantizers=tuple(quantizers),
+        placements=tuple(_placement(c, chosen, number) for c in choices),
+        partitions=parts,
+        predictions=tuple(_prediction(c) for c in choices if c.rows),
+        decisions=(*(_decision(c) for c in choices), *grid_decisions),
+        hashes=hashes,
+    )
+
+
+def _placement(choice: Choice, chosen: dict[str, str], number: dict[str, int]) -> Placement:
+    name, row = choice.fact.name, choice.row
+    bias = bias_of(row, choice.fact, choice.wants) if row is not None and row.bias else None
+    return Placement(name, chosen[name], row.form if row else "", bias or "", number[name])
+
+
+def _prediction(choice: Choice) -> Prediction:
+    row, name = choice.row, choice.fact.name
+    pinned = choice.held is not None
+    if row is None:
+        return Prediction(name, "", "", False, pinned=pinned, blocked_by="no row of the target fits")
+    if row.placement == "int8":
+        return Prediction(name, row.kernel, row.id, True, row.accumulator)
+    best = next(((r, why or choice.out.get(r.id, "")) for r, why in choice.rows if r.placement == "int8"), None)
+    blocked = choice.held.why if choice.held else row.why.format(**choice.fact.words())
+    remedy = row.remedy.format(**choice.fact.words()) or (
+        f"make '{best[0].id}' fit: {best[1]}" if best and not choice.held else ""
+    )
+    return Prediction(name, row.kernel, row.id, False, "", pinned, blocked, remedy)
+
+
+def _decision(choice: Choice) -> Decision:
+    row, fact, held = choice.row, choice.fact, choice.held
+    placement = f"{row.placement} as {_kernels(row)}" if row is not None else "engine-float"
+    lost = tuple(_lost(choice))
+    if held is not None:
+        return Decision(fact.name, placement, held.author, held.author.id, held.why, lost)
+    if row is None:
+        why = f"no row of the target fits '{fact.name}', a {fact.kind}: it stays in float"
+        return Decision(fact.name, placement, DEFAULT, "no row", why, lost)
+    return Decision(fact.name, placement, Author("row", row.id), row.id, row.why.format(**fact.words()), lost)
+
+
+def _lost(choice: Choice) -> Iterator[Alternative]:
+    """The other rows of the kind, with why they lost; rows for forms that nobody asked for are no alternatives."""
+    for row, why in choice.rows:
+        if row is choice.row or why.startswith(UNASKED):
+            continue
+        reason = why or choice.out.get(row.id, "") or f"'{choice.row.id if choice.row else ''}' comes first"
+        yield Alternative(f"{row.placement} as {_kernels(row)}", Author("row", row.id), reason, row.kernel)
+    if choice.held is not None:
+        for wish in choice.int8s:
+            yield Alternative("int8", wish.author, f"{choice.held.author} holds the node in float")
+
+
+def _kernels(row: Row) -> str:
+    return row.kernel.replace("|", " or ")
+
+
+def _quantizers(
+    solution: Solution, context: PlanningContext, stated: Sequence[Constraint]
+) -> tuple[list[Quantizer], list[Decision]]:
+    quantizers: list[Quantizer] = []
+    decisions: list[Decision] = []
+    shares = [c for c in stated if c.kind == "share"]
+    for grid in solution.grids:
+        first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
+        weight = first.role == "weight"
+        observer = "" if weight else context.recipe.observer_of(first.node)
+        quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
+        decisions.append(_grid_decision(str(first), grid, solution, shares))
+    for constraint in (c for c in stated if c.kind == "derive"):
+        choice = solution.choices[constraint.ports[0].node]
+        if choice.row is None or not choice.int8 or bias_of(choice.row, choice.fact, choice.wants) != "int32":
+            continue
+        derived = _derived(constraint, quantizers)
+        quantizers.append(derived)
+        decisions.append(Decision(derived.name, str(derived.spec), constraint.author, choice.row.id, constraint.why))
+    return quantizers, decisions
+
+
+def _derived(constraint: Constraint, quantizers: list[Quantizer]) -> Quantizer:
+    bias, *sources = constraint.ports
+    found = [next(q for q in quantizers if p in q.ports) for p in sources]
+    per_channel = any(q.spec.granularity is Granularity.PER_CHANNEL for q in found)
+    granularity = Granularity.PER_CHANNEL if per_channel else Granularity.PER_TENSOR
+    spec = QuantSpec(DType.S32, granularity=granularity, axis=0 if per_channel else None, scale=ScaleRule.DERIVED)
+    return Quantizer(str(bias), spec, (str(bias),), (bias,), derived_from=tuple(q.name for q in found))
+
+
+def _grid_decision(name: str, grid: Grid, solution: Solution, shares: list[Constraint]) -> Decision:
+    owner = next(solution.choices[p.node] for p in grid.ports)
+    assert owner.row is not None
+    spec = grid.options[0]
+    value = " and ".join(f"'{v}'" for v in grid.values)
+    readers = ", ".join(str(p) for p in grid.ports)
+    why = f"{value} lies on one {spec} grid, because {readers} {'take' if len(grid.ports) > 1 else 'takes'} it so"
+    if len(grid.values) > 1:
+        sharing = [c for c in shares if c.ports[0].node in grid.values or c.ports[-1].node in grid.values]
+        if sharing:
+            why += f"; {sharing[0].author}: {sharing[0].why}"
+    wished = {p: s for p in grid.ports for _, q, s in port_options(solution.choices[p.node]) if q == p}
+    lost = [
+        Alternative(str(s), Author("row", _row_id(solution, port)), f"the other readers of {value} need {spec}")
+        for port, specs in wished.items()
+        for s in specs[:1]
+        if s != spec and s.meet(spec) is None
+    ]
+    rest = [Alternative(str(s), Author("row", owner.row.id), f"{spec} is preferred") for s in grid.options[1:]]
+    apart = [
+        Alternative("one grid", c.author, reason)
+        for c, reason in solution.unshared
+        if any(value_at(p, solution.choices) in grid.values for p in c.ports)
+    ]
+    return Decision(name, str(spec), Author("row", owner.row.id), owner.row.id, why, tuple(lost + rest + apart))
+
+
+def _row_id(solution: Solution, port: Port) -> str:
+    row = solution.choices[port.node].row
+    return row.id if row else ""
+
+
+def _partitions(
+    facts: tuple[NodeFact, ...], chosen: dict[str, str], quantizers: list[Quantizer]
+) -> tuple[Partition, ...]:
+    edges = [(value, f.name) for f in facts for _, value in f.inputs if value in chosen]
+    size = {v: f.x_bytes for f in facts for _, v in f.inputs[:1]} | {f.name: f.bytes for f in facts}
+    readers = {v: {f.name for f in facts if v in [i for _, i in f.inputs]} for v in size}
+    found = []
+    for index, (placement, names) in enumerate(partitions(edges, chosen)):
+        inside = set(names)
+        # float32 is read and one byte written for each value that a quantizer makes at this partition's border
+        crossing = {
+            v
+            for q in quantizers
+            for v in q.values
+            if v in size
+            and any(p.node in inside for p in q.ports)
+            and not (v in inside and readers[v] and readers[v] <= inside)
+        }
+        cost = sum(size[v] + size[v] // 4 for v in crossing) if placement == "int8" else 0
+        found.append(Partition(index, placement, names, cost))
+    return tuple(found)

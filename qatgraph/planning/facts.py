@@ -1,0 +1,146 @@
+"""Facts of a graph that planning needs, as values that read without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qatgraph.ir.graph import Graph
+
+WORDS = ("name", "kind", "shape", "rank", "width", "weight", "mib")  # of the sentences of rows and pins
+Size = int | str  # a dynamic size bears the user's name
+
+
+@dataclass(frozen=True)
+class ParameterFact:
+    """A parameter that a node reads: ``storage`` is the first path of the same tensor (ties are equal there)."""
+
+    role: str
+    path: str
+    storage: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class NodeFact:
+    """One operation with a float result.
+
+    ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
+    ``x_shape`` that of the first input; ``readers`` the kinds that read the result; ``bytes`` its size on
+    the example batch.
+    """
+
+    name: str
+    kind: str
+    module: str
+    region: str
+    source: str
+    inputs: tuple[tuple[str, str], ...]
+    parameters: tuple[ParameterFact, ...]
+    shape: tuple[Size, ...]
+    x_shape: tuple[Size, ...]
+    readers: tuple[str, ...]
+    bytes: int
+    x_bytes: int = 0
+
+    @property
+    def rank(self) -> int:
+        return len(self.x_shape)
+
+    @property
+    def dynamic(self) -> bool:
+        return any(isinstance(s, str) for s in self.x_shape)
+
+    def parameter(self, role: str) -> ParameterFact | None:
+        return next((p for p in self.parameters if p.role == role), None)
+
+    def words(self) -> dict[str, str]:
+        """Words for the sentences of rows and pins."""
+        weight = self.parameter("weight")
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": shape_text(self.x_shape),
+            "rank": str(self.rank),
+            "width": str(self.x_shape[-1]) if self.x_shape else "1",
+            "weight": shape_text(weight.shape) if weight else "no weight",
+            "mib": f"{weight.bytes / 2**20:.1f}" if weight else "0",
+        }
+
+
+def shape_text(shape: tuple[Size, ...]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
+    """The facts of every named node whose result is a float tensor, in order of execution."""
+    import torch
+    from torch import fx
+
+    from qatgraph.ir.graph import arguments
+    from qatgraph.ir.meta import has_record, record, value_of
+
+    placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
+    symbols: dict[str, str] = {}
+    for dim in graph.info.dims:
+        symbols[str(value_of(placeholders[dim.leaf]).shape[dim.axis])] = dim.name
+    storage: dict[int, str] = {}
+    for node in graph.module.graph.nodes:
+        tensor = graph.parameter(node)
+        if tensor is not None:
+            storage.setdefault(id(tensor), str(node.target))
+
+    def shape(value: object) -> tuple[Size, ...]:
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+
+    def fact(node: fx.Node) -> NodeFact:
+        inputs, parameters = [], []
+        x_shape: tuple[Size, ...] = ()
+        x_bytes = 0
+        for role, arg in arguments(node):
+            if not isinstance(arg, fx.Node):
+                continue
+            tensor = graph.parameter(arg)
+            if tensor is not None:
+                size = tensor.numel() * tensor.element_size()
+                path = str(arg.target)
+                parameters.append(ParameterFact(role, path, storage[id(tensor)], tuple(tensor.shape), size))
+            elif isinstance(value_of(arg), torch.Tensor):
+                x_bytes = x_bytes if x_shape else math.prod(_example(s) for s in value_of(arg).shape) * 4
+                x_shape = x_shape or shape(value_of(arg))
+                inputs.append((role, record(arg).name if has_record(arg) else arg.name))
+        value = value_of(node)
+        known = record(node)
+        elements = math.prod(_example(s) for s in value.shape)
+        return NodeFact(
+            name=known.name,
+            kind=known.kind,
+            module=known.module,
+            region=known.region,
+            source=known.source,
+            inputs=tuple(inputs),
+            parameters=tuple(parameters),
+            shape=shape(value),
+            x_shape=x_shape or shape(value),
+            readers=tuple(sorted({record(u).kind for u in node.users if has_record(u)})),
+            bytes=elements * 4,
+            x_bytes=x_bytes,
+        )
+
+    return tuple(
+        fact(n) for n in graph.nodes if isinstance(value_of(n), torch.Tensor) and value_of(n).is_floating_point()
+    )
+
+
+def _example(size: object) -> int:
+    """The size on the example batch: symbols carry a hint."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    hint = getattr(node, "hint", None)
+    return int(hint) if hint is not None else 1

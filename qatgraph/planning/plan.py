@@ -1,0 +1,170 @@
+"""The plan: every decision as data with a reason. A value that reads, prints and compares without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from qatgraph.errors import PlanError
+from qatgraph.planning.constraints import Author, Port
+from qatgraph.planning.facts import NodeFact
+from qatgraph.specs import QuantSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One grid: ``ports`` share it, ``values`` are the tensors that it stands on (a node, an input or a parameter).
+
+    ``observer`` says how an activation's range is found; weights compute theirs. ``derived_from`` names the
+    quantizers whose scales multiply to this one's.
+    """
+
+    name: str
+    spec: QuantSpec
+    values: tuple[str, ...]
+    ports: tuple[Port, ...]
+    observer: str = ""
+    derived_from: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Alternative:
+    choice: str
+    author: Author
+    why_lost: str
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``subject`` is a node or a quantizer; ``rule`` the target row or recipe line."""
+
+    subject: str
+    choice: str
+    author: Author
+    rule: str
+    why: str
+    lost: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placement:
+    node: str
+    placement: str  # int8, engine-float, host
+    form: str = ""
+    bias: str = ""
+    partition: int = 0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A connected group of one placement. Boundary cost: bytes that quantize and dequantize move, example batch."""
+
+    index: int
+    placement: str
+    nodes: tuple[str, ...]
+    boundary_bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The kernel that the engine will choose; alternatives are joined by ``|``, empty means any float kernel."""
+
+    node: str
+    kernel: str
+    row: str
+    int8: bool
+    accumulator: str = ""  # of an int8 kernel that multiplies; a table that is only looked up has none
+    pinned: bool = False
+    blocked_by: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``backend`` and ``opset`` come from the target's table, so that a plan lowers without it."""
+
+    target: str
+    backend: str
+    opset: int
+    recipe: str
+    nodes: tuple[NodeFact, ...]
+    quantizers: tuple[Quantizer, ...]
+    placements: tuple[Placement, ...]
+    partitions: tuple[Partition, ...]
+    predictions: tuple[Prediction, ...]
+    decisions: tuple[Decision, ...]
+    hashes: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    def placement(self, node: str) -> Placement:
+        return next(p for p in self.placements if p.node == node)
+
+    def quantizer_at(self, port: Port) -> Quantizer | None:
+        return next((q for q in self.quantizers if port in q.ports), None)
+
+    def prediction(self, node: str) -> Prediction | None:
+        return next((p for p in self.predictions if p.node == node), None)
+
+    def int8_nodes(self) -> list[str]:
+        return [p.node for p in self.placements if p.placement == "int8"]
+
+    def to_json(self) -> str:
+        """Canonical: sorted keys, one fixed layout, a final newline."""
+        data = _adapter().dump_python(self, mode="json")
+        return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: QG304 it is not a plan of this version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise ValueError(f"version {data['version']}, this is version {VERSION}")
+            return _adapter().validate_python(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(
+                "QG304",
+                "this is not a plan that can be read",
+                where=where,
+                why=f"{type(error).__name__}: {error}",
+                todo="write it again with `qatgraph plan JOB.toml`",
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(
+                "QG304", f"cannot read '{path}'", where="plan", why=str(error), todo="check the path"
+            ) from error
+
+    def __str__(self) -> str:
+        from qatgraph.planning.explain import plan_text
+
+        return plan_text(self)
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(p.placement for p in self.placements))
+
+
+@cache
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)

@@ -1,0 +1,79 @@
+"""Which row fits a node in its context. Solver and prediction share this matcher; the audit on the engine is
+the independent check. Imports no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qatgraph.planning.facts import NodeFact
+from qatgraph.planning.target import Row, Target
+from qatgraph.specs import QuantSpec
+
+UNASKED = "nobody asks"
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What recipe lines and passes ask of one node; ``float_only`` and ``int8_only`` exclude each other."""
+
+    weight: tuple[QuantSpec, ...] = ()
+    bias: str | None = None
+    float_only: bool = False
+
+
+def bias_of(row: Row, fact: NodeFact, wants: Wants) -> str | None:
+    """The form in which this row writes the node's bias, ``None`` if it cannot."""
+    if fact.parameter("bias") is None:
+        return "none" if "none" in row.bias else None
+    forms: list[str] = [f for f in row.bias if f != "none"]
+    if wants.bias is not None:
+        forms = [f for f in forms if f == wants.bias]
+    return forms[0] if forms else None
+
+
+def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
+    """Why the row does not fit the node, as a sentence; empty if it fits."""
+    if wants.float_only and row.placement == "int8":
+        return "the node is kept in float"
+    if row.rank and fact.rank not in row.rank:
+        return f"the row is for rank {' or '.join(map(str, row.rank))}, the input is {fact.words()['shape']}"
+    if row.dynamic is not None and row.dynamic != fact.dynamic:
+        need = "a dynamic" if row.dynamic else "a fully static"
+        return f"the row is for {need} shape, the input is {fact.words()['shape']}"
+    reader = next((k for k in fact.readers if k in row.not_read_by), None)
+    if reader is not None:
+        return (
+            f"a {reader} reads the result, which the engine takes for a part of the kernel and then runs both in float"
+        )
+    if row.placement != "int8":  # rows that say what the engine does with a form that somebody asked for
+        if row.bias and wants.bias is None:
+            return f"{UNASKED} for a bias as {' or '.join(row.bias)}"
+        if row.weight and not wants.weight:
+            return f"{UNASKED} for a weight as {_list(row.weight)}"
+    if row.bias and bias_of(row, fact, wants) is None:
+        asked = wants.bias or ("none" if fact.parameter("bias") is None else "any")
+        return f"the row takes a bias as {' or '.join(row.bias)}, asked is {asked}"
+    if row.weight:
+        if fact.parameter("weight") is None:
+            return "the weight is not a constant"
+        if not weight_options(row, wants):
+            return f"the row takes a weight as {_list(row.weight)}, asked is {_list(wants.weight)}"
+    elif wants.weight and row.placement == "int8":
+        return f"the row has no weight grid, asked is {_list(wants.weight)}"
+    return ""
+
+
+def weight_options(row: Row, wants: Wants) -> tuple[QuantSpec, ...]:
+    """The weight grids that both the row and the wants take, best first."""
+    if not wants.weight:
+        return row.weight
+    return tuple(m for have in row.weight for want in wants.weight if (m := have.meet(want)) is not None)
+
+
+def candidates(target: Target, fact: NodeFact, wants: Wants) -> list[tuple[Row, str]]:
+    """Every row of the node's kind, best first, with the sentence that blocks it."""
+    return [(row, blocked(row, fact, wants)) for row in target.rows(fact.kind)]
+
+
+def _list(specs: tuple[QuantSpec, ...]) -> str:
+    return " or ".join(str(s) for s in specs)

@@ -1,0 +1,89 @@
+"""Recipes: what the user wants, as data."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from qatgraph.errors import PlanError
+from qatgraph.ir.names import is_glob, matches, select
+from qatgraph.planning.constraints import RECIPE_GLOB, RECIPE_NAMED, Author, Constraint, Port
+from qatgraph.planning.facts import NodeFact
+from qatgraph.planning.target import BiasForm, Spec
+from qatgraph.planning.user_files import UserModel, parse_toml, read_text
+
+Observer = Literal["minmax", "moving-average", "mse"]
+
+
+class Override(UserModel):
+    """One line of a recipe: what shall hold for the nodes that ``select`` means (a name or a glob)."""
+
+    select: str
+    place: Literal["float", "int8"] | None = None
+    weight: Spec | None = None
+    bias: BiasForm | None = None
+    observer: Observer | None = None
+    why: str = ""
+
+
+class Recipe(UserModel):
+    """``observer`` chooses activation ranges; ``override`` lists the exceptions. Later lines win among equals."""
+
+    name: str = "int8"
+    observer: Observer = "mse"
+    override: tuple[Override, ...] = ()
+
+    def hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def constraints(self, facts: tuple[NodeFact, ...]) -> list[Constraint]:
+        """The recipe's lines as constraints; a selector that matches nothing is an error."""
+        names = [f.name for f in facts]
+        found: list[Constraint] = []
+        for i, line in enumerate(self.override):
+            author = Author("recipe", self.name, f"override {i + 1}, '{line.select}'")
+            strength = RECIPE_GLOB if is_glob(line.select) else RECIPE_NAMED
+            why = line.why or f"the recipe '{self.name}' says so in override {i + 1}"
+            for name in select(line.select, names, where=str(author)):
+                if line.place is not None:
+                    port = (Port(name, "out"),)
+                    found.append(Constraint(line.place, port, author, why, strength=strength, line=i))
+                if line.weight is not None:
+                    port = (Port(name, "weight"),)
+                    found.append(Constraint("want", port, author, why, specs=(line.weight,), strength=strength, line=i))
+                if line.bias is not None:
+                    port = (Port(name, "bias"),)
+                    found.append(Constraint("want", port, author, why, form=line.bias, strength=strength, line=i))
+        return found
+
+    def observer_of(self, node: str) -> Observer:
+        """The observer of a node's input."""
+        lines = [o for o in self.override if o.observer is not None and matches(o.select, node)]
+        named = [o for o in lines if not is_glob(o.select)]
+        return (named or lines)[-1].observer or self.observer if lines else self.observer
+
+
+def load_recipe(source: str | Recipe) -> Recipe:
+    """``"int8"``, a TOML file, or a Recipe itself.
+
+    Raises:
+        PlanError: QG302 unknown name or unreadable file, QG303 the file is not a valid recipe.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if source == "int8":
+        return Recipe()
+    path = Path(source)
+    if path.suffix != ".toml":
+        raise PlanError(
+            "QG302",
+            f"there is no recipe '{source}'",
+            where="recipe",
+            why="the built-in recipe is 'int8'",
+            todo="use 'int8' or the path of a TOML file",
+        )
+    text = read_text(path, what="recipe", error=PlanError, code="QG302")
+    return parse_toml(
+        Recipe, text, where=path.name, error=PlanError, code="QG303", todo="see the recipe keys in the README"
+    )

@@ -1,0 +1,138 @@
+"""Targets as data: rows of operation x grids x context x the kernel that the engine will choose."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+
+from qatgraph.errors import TargetError, nearest
+from qatgraph.planning.facts import WORDS
+from qatgraph.planning.user_files import UserModel, parse_toml, read_text
+from qatgraph.specs import QuantSpec
+
+Spec = Annotated[
+    QuantSpec,
+    BeforeValidator(lambda v: QuantSpec.parse(v) if isinstance(v, str) else v),
+    PlainSerializer(str),
+]
+BiasForm = Literal["none", "int32", "row", "vector"]
+
+
+class Row(UserModel):
+    """What a target does with one kind of operation in one context.
+
+    ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering writes it.
+    ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row (``[1, .., N]``)
+    or vector (``[N]``). ``not_read_by``: kinds that must not read the result; ``needs``: what the neighbours must be.
+    ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
+    """
+
+    id: str
+    op: str
+    placement: Literal["int8", "engine-float", "host"]
+    kernel: str
+    why: str
+    form: str = ""
+    rank: tuple[int, ...] = ()
+    dynamic: bool | None = None
+    x: tuple[Spec, ...] = ()
+    weight: tuple[Spec, ...] = ()
+    out: tuple[Spec, ...] = ()
+    bias: tuple[BiasForm, ...] = ()
+    not_read_by: tuple[str, ...] = ()
+    needs: Literal["", "inputs-int8"] = ""
+    remedy: str = ""
+    requant: str = ""
+    accumulator: str = ""
+    k_order: str = ""
+    versions: str = ""
+    source: str = ""
+
+    @field_validator("why", "remedy")
+    @classmethod
+    def _fills(cls, sentence: str) -> str:
+        """Refuse a word that no node has, before a plan trips over it."""
+        words = {word for _, word, _, _ in string.Formatter().parse(sentence) if word is not None}
+        unknown = sorted(words - set(WORDS))
+        if unknown:
+            raise ValueError(f"there is no word '{{{unknown[0]}}}'; known are {', '.join(WORDS)}")
+        return sentence
+
+
+class Target(UserModel):
+    """A table that passes and the solver ask; they never ask for a target's name."""
+
+    name: str
+    description: str
+    backend: str = ""
+    opset: int = 0
+    row: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _lowers(self) -> Target:
+        if self.backend and not self.opset:
+            raise ValueError("a target with a backend says which ONNX opset it takes: opset = 23")
+        return self
+
+    def rows(self, op: str) -> tuple[Row, ...]:
+        """The rows of one kind, best first."""
+        return tuple(r for r in self.row if r.op == op)
+
+    def hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def target_names() -> tuple[str, ...]:
+    folder = resources.files("qatgraph.backends")
+    return tuple(
+        sorted(f.name.removesuffix(".toml").replace("_", "-") for f in folder.iterdir() if f.name.endswith(".toml"))
+    )
+
+
+def load_target(name_or_path: str) -> Target:
+    """A built-in target by name, or one described in a TOML file.
+
+    Raises:
+        TargetError: QG401 unknown name, QG402 the file is not a valid target.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        return _parse(read_text(path, what="target file", error=TargetError, code="QG401"), path.name)
+    if name_or_path not in target_names():
+        near = nearest(name_or_path, target_names())
+        raise TargetError(
+            "QG401",
+            f"there is no target '{name_or_path}'",
+            where="target",
+            why=f"did you mean {near}?" if near else f"known targets: {', '.join(target_names())}",
+            todo="see `qatgraph targets`, or give the path of a TOML file",
+        )
+    return _builtin(name_or_path)
+
+
+@cache
+def _builtin(name: str) -> Target:
+    file = resources.files("qatgraph.backends") / f"{name.replace('-', '_')}.toml"
+    return _parse(file.read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, where: str) -> Target:
+    target = parse_toml(
+        Target,
+        text,
+        where=where,
+        error=TargetError,
+        code="QG402",
+        todo="compare with examples/targets/toy_npu.toml",
+    )
+    ids = [r.id for r in target.row]
+    twice = next((i for i in ids if ids.count(i) > 1), None)
+    if twice:
+        raise TargetError("QG402", f"the row '{twice}' stands twice", where=where, todo="give each row its own id")
+    return target

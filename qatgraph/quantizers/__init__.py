@@ -1,0 +1,1 @@
+"""Fake quantizers and the observers that find their ranges."""

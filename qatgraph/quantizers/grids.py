@@ -1,0 +1,75 @@
+"""Scales and zero points: pure functions, the one place where a range or a weight becomes a grid."""
+
+from __future__ import annotations
+
+import torch
+
+from qatgraph.specs import QuantSpec, ScaleRule, Scheme
+
+# A pair of one sign may sum to 128: 255 * 128 = 32640 fits the signed 16-bit sum of VPMADDUBSW, 255 * 129 does not.
+PAIR_LIMIT = 128
+# The proof (docs/decisions/pair-safe-scales.md) needs |a| + |b| < 128 after a float32 division: four ulp of head room.
+_HEAD_ROOM = 1.0 + 2.0**-20
+
+
+def range_grid(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (both float32, any shape) for values in ``[low, high]``; zero lies on the grid.
+
+    An empty range (a dead tensor) gets scale 1.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if spec.scheme is Scheme.SYMMETRIC:
+        scale = torch.maximum(-low, high) / spec.qmax
+    else:
+        scale = (high - low) / (spec.qmax - spec.qmin)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
+    if spec.scale is ScaleRule.POWER_OF_TWO:
+        scale = power_of_two(scale)
+    if spec.scheme is Scheme.SYMMETRIC:
+        return scale, torch.zeros_like(scale)
+    return scale, (spec.qmin + torch.round(-low / scale)).clamp(spec.qmin, spec.qmax)
+
+
+def weight_scale(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The scale of a symmetric weight ``[out, in]`` (or a table): scalar, or one per channel of ``spec.axis``.
+
+    Pair-safe scales bound every pair (2i, 2i+1) along the last axis, the K of a GEMM.
+    """
+    flat = weight.detach()
+    if spec.axis is not None:
+        flat = flat.movedim(spec.axis, 0).flatten(1)
+    dims = [flat.ndim - 1] if spec.axis is not None else list(range(flat.ndim))
+    top = flat.abs().amax(dim=dims)
+    scale = top / spec.qmax
+    if spec.scale is ScaleRule.PAIR_SAFE:
+        scale = torch.maximum(scale, pair_peak(flat).amax(dim=dims) / PAIR_LIMIT * _HEAD_ROOM)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
+    return power_of_two(scale) if spec.scale is ScaleRule.POWER_OF_TWO else scale
+
+
+def pair_peak(weight: torch.Tensor) -> torch.Tensor:
+    """``|w[2k]| + |w[2k+1]|`` where both have one sign, else 0; an odd last column pairs with nothing."""
+    even = weight.shape[-1] // 2 * 2
+    a, b = weight[..., 0:even:2], weight[..., 1:even:2]
+    if even == 0:
+        return torch.zeros(*weight.shape[:-1], 1, dtype=weight.dtype, device=weight.device)
+    return torch.where(a.sign() * b.sign() > 0, a.abs() + b.abs(), torch.zeros_like(a))
+
+
+def power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The next power of two that is not smaller; exact, through the exponent."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
+
+
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec_min: int, spec_max: int, axis: int | None
+) -> torch.Tensor:
+    """``clamp(round_half_even(x / scale) + zero_point)`` in float32 with a true division, as ONNX QuantizeLinear."""
+    shape = channel_shape(x, axis)
+    q = torch.round(x / scale.reshape(shape)).add_(zero_point.reshape(shape))
+    return q.clamp_(spec_min, spec_max)
+
+
+def channel_shape(x: torch.Tensor, axis: int | None) -> list[int]:
+    return [] if axis is None else [-1 if i == axis else 1 for i in range(x.ndim)]

@@ -1,0 +1,123 @@
+"""Observers: streaming, in bounded memory, with all state in buffers."""
+
+from __future__ import annotations
+
+import torch
+
+from qatgraph.quantizers.grids import range_grid
+from qatgraph.specs import QuantSpec, Scheme
+
+
+class Observer(torch.nn.Module):
+    """Sees batches of an activation, then gives the range for its grid. Per tensor."""
+
+    def observe(self, x: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(low, high)``, two scalars."""
+        raise NotImplementedError
+
+
+class MinMax(Observer):
+    """The smallest and largest value seen."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(float("inf")))
+        self.register_buffer("high", torch.tensor(float("-inf")))
+
+    def observe(self, x: torch.Tensor) -> None:
+        self.low.copy_(torch.minimum(self.low, x.min()))
+        self.high.copy_(torch.maximum(self.high, x.max()))
+
+    def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.low, self.high
+
+
+class MovingAverage(MinMax):
+    """The exponential average of each batch's range: ``new = 0.9 old + 0.1 batch`` (Jacob et al., arXiv:1712.05877)."""
+
+    def observe(self, x: torch.Tensor) -> None:
+        for bound, value in ((self.low, x.min()), (self.high, x.max())):
+            bound.copy_(torch.where(torch.isinf(bound), value, 0.9 * bound + 0.1 * value))
+
+
+class MSE(Observer):
+    """The range whose grid has the least squared error on a histogram.
+
+    Counts lie in ``2 * BINS`` equal bins over ``[-reach, reach]``; a value outside doubles the reach and merges
+    neighbouring bins, which is exact. The search goes over both ends: first coarse, then around the best.
+    """
+
+    BINS = 4096
+    counts: torch.Tensor
+    reach: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2 * self.BINS, dtype=torch.float64))
+        self.register_buffer("reach", torch.tensor(0.0))
+        self.register_buffer("low", torch.tensor(float("inf")))
+        self.register_buffer("high", torch.tensor(float("-inf")))
+
+    def observe(self, x: torch.Tensor) -> None:
+        self.low.copy_(torch.minimum(self.low, x.min()))
+        self.high.copy_(torch.maximum(self.high, x.max()))
+        top = float(x.abs().max())
+        if top == 0.0:
+            return
+        reach = float(self.reach) or 2.0 ** torch.tensor(top).log2().ceil().item()
+        while reach < top:
+            halves = torch.zeros_like(self.counts)
+            halves[self.BINS // 2 : self.BINS // 2 + self.BINS] = self.counts.reshape(-1, 2).sum(1)
+            self.counts.copy_(halves)
+            reach *= 2
+        self.reach.fill_(reach)
+        found = torch.histc(x.detach().float().cpu(), 2 * self.BINS, -reach, reach)
+        self.counts.add_(found.to(self.counts))
+
+    def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        if float(self.reach) == 0.0:
+            return self.low, self.high
+        width = float(self.reach) / self.BINS
+        centers = (torch.arange(2 * self.BINS, dtype=torch.float64) - self.BINS + 0.5) * width
+        used = self.counts.cpu() > 0
+        centers, counts = centers[used], self.counts.cpu()[used]
+        best_low, best_high, step = 1.0, 1.0, 0.05
+        for _ in range(3):
+            offsets = torch.arange(-10, 11, dtype=torch.float64) * step
+            lows = torch.unique((best_low + offsets).clamp(0.05, 1.0))
+            highs = torch.unique((best_high + offsets).clamp(0.05, 1.0))
+            if spec.scheme is Scheme.SYMMETRIC or float(self.low) >= 0:
+                lows = torch.ones(1, dtype=torch.float64)
+            errors = self._errors(lows, highs, centers, counts, spec)
+            best = int(errors.argmin())
+            best_low, best_high = float(lows[best // len(highs)]), float(highs[best % len(highs)])
+            step /= 5
+        return self._ends(torch.tensor(best_low), torch.tensor(best_high), spec)
+
+    def _ends(self, low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        if spec.scheme is Scheme.SYMMETRIC:
+            top = torch.maximum(-self.low, self.high).to(low)
+            return (-top * high).float(), (top * high).float()
+        return (self.low.to(low) * low).float(), (self.high.to(high) * high).float()
+
+    def _errors(
+        self, lows: torch.Tensor, highs: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, spec: QuantSpec
+    ) -> torch.Tensor:
+        errors = []
+        for low in lows:
+            ends = self._ends(low.expand(len(highs)), highs, spec)
+            scale, zero = (t.double()[:, None] for t in range_grid(*ends, spec))
+            q = (torch.round(x / scale) + zero).clamp(spec.qmin, spec.qmax)
+            errors.append(((((q - zero) * scale) - x) ** 2 * counts).sum(1))
+        return torch.cat(errors)
+
+
+OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSE}

@@ -1,0 +1,1 @@
+"""Patterns, passes and the manager that runs and checks them."""

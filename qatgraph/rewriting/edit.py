@@ -1,0 +1,127 @@
+"""The only way to change a graph: every node made here has a name, a value and a history."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from qatgraph.ir.graph import Graph
+from qatgraph.ir.meta import NodeRecord, record, stamp, update, value_of, write
+from qatgraph.ops import BY_NAME
+
+
+class Edit:
+    """Changes by one pass; ``at`` is the node in front of which new nodes are put."""
+
+    def __init__(self, graph: Graph, author: str) -> None:
+        self.graph, self.author = graph, author
+        self._namer = graph.namer()
+
+    def call(self, kind: str, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
+        """A new operation of a known kind, in the module of ``at``."""
+        target = BY_NAME[kind].targets[0]
+        namespace, name, overload = target.split(".")
+        operator = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        return self._create("call_function", operator, args, kwargs, kind, at)
+
+    def custom(self, operator: Any, *args: Any, at: fx.Node, near: fx.Node, kind: str) -> fx.Node:
+        """A new operation that is not in the table of kinds (quantize, dequantize), in the module of ``near``."""
+        return self._create("call_function", operator, args, {}, kind, at, near)
+
+    def module(
+        self, path: str, module: torch.nn.Module, *args: Any, at: fx.Node, near: fx.Node, kind: str = "fake_quantize"
+    ) -> fx.Node:
+        """A call of a module that is stored at ``path`` (used again if one is there), in the module of ``near``."""
+        if not _has(self.graph.module, path):
+            self.graph.module.add_submodule(path, module)
+        return self._create("call_module", path, args, {}, kind, at, near)
+
+    def constant(self, path: str, tensor: torch.Tensor, at: fx.Node) -> fx.Node:
+        """A new buffer at ``path`` and the node that reads it."""
+        holder, _, leaf = path.rpartition(".")
+        if holder and not _has(self.graph.module, holder):
+            self.graph.module.add_submodule(holder, torch.nn.Module())
+        self.graph.module.get_submodule(holder).register_buffer(leaf, tensor)
+        with self.graph.module.graph.inserting_before(at):
+            node = self.graph.module.graph.get_attr(path)
+        node.meta["val"] = tensor
+        return node
+
+    def parameter(self, path: str, tensor: torch.Tensor, at: fx.Node) -> fx.Node:
+        """A new parameter at ``path`` (a folded one is named ``…weight/folded``) and the node that reads it."""
+        holder, _, leaf = path.rpartition(".")
+        parameter = torch.nn.Parameter(tensor)
+        self.graph.module.get_submodule(holder).register_parameter(leaf, parameter)
+        with self.graph.module.graph.inserting_before(at):
+            node = self.graph.module.graph.get_attr(path)
+        node.meta["val"] = parameter
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Give the users of ``old`` to ``new``; ``old`` goes, and its name stays if the kind did."""
+        was = record(old)
+        name = was.name if was.kind == record(new).kind else record(new).name
+        update(new, name=name, history=(*was.history, self.author), source=was.source)
+        old.replace_all_uses_with(new)
+        self.graph.module.graph.erase_node(old)
+
+    def bypass(self, node: fx.Node, source: fx.Node) -> None:
+        """Remove a node whose result equals ``source``."""
+        node.replace_all_uses_with(source)
+        self.graph.module.graph.erase_node(node)
+
+    def erase(self, node: fx.Node) -> None:
+        self.graph.module.graph.erase_node(node)
+
+    def group(self, region: str, *nodes: fx.Node) -> None:
+        """Mark nodes as one region; the arithmetic stays as it is."""
+        for node in nodes:
+            update(node, region=f"{record(nodes[0]).name}+{region}")
+            stamp(node, self.author)
+
+    def rename_kind(self, node: fx.Node, kind: str) -> None:
+        """Refine the kind of a node (``add`` -> ``residual_add``); its name follows."""
+        old = record(node)
+        name = self._namer(f"{old.module or self.graph.info.root}:{kind}")
+        write(node, replace(old, kind=kind, name=name))
+        stamp(node, self.author)
+
+    def _create(
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: str,
+        at: fx.Node,
+        near: fx.Node | None = None,
+    ) -> fx.Node:
+        with self.graph.module.graph.inserting_before(at):
+            node = self.graph.module.graph.create_node(op, target, args, kwargs)
+        owner = record(near or at)
+        name = self._namer(f"{owner.module or self.graph.info.root}:{kind}")
+        write(node, NodeRecord(name, kind, owner.module, owner.source, history=(self.author,)))
+        node.meta["val"] = self._value(node, at)
+        return node
+
+    def _value(self, node: fx.Node, at: fx.Node) -> Any:
+        if node.op == "call_module":  # our modules (fake quantizer, dropout) keep shape and dtype
+            return value_of(node.args[0])  # type: ignore[arg-type]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+        fake = getattr(value_of(at), "fake_mode", None)
+        if fake is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with fake:
+            fakes = [fake.from_tensor(a) if type(a) is torch.Tensor else a for a in args]
+            return node.target(*fakes, **kwargs)  # type: ignore[operator]
+
+
+def _has(module: torch.nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,335 @@
+"""Runs a job: capture, plan, prepare, calibrate, train, lower, verify, measure, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatgraph import api, fidelity
+from qatgraph.errors import JobError, PlanError
+from qatgraph.ir.graph import Graph
+from qatgraph.job import Job, JobData, factory, load_job, output_folder, write_json
+from qatgraph.planning.plan import Plan
+from qatgraph.planning.recipe import Override, Recipe
+from qatgraph.planning.target import load_target
+from qatgraph.proof import feed_of, model_run, score
+from qatgraph.report.machine import isa, versions
+from qatgraph.report.report import Report
+from qatgraph.rewriting.passes import Pass
+from qatgraph.rewriting.registry import parse_passes
+from qatgraph.training.loop import Schedule, distill
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Setup:
+    """One model of a job with its data, captured."""
+
+    model: torch.nn.Module
+    data: JobData
+    graph: Graph
+
+
+def set_up(job: Job, path: Path, seed: int) -> Setup:
+    """Call the factories and capture the model on the first calibration batch."""
+    torch.manual_seed(seed)
+    model = factory(path, job.model, "model")(seed=seed, **job.model_options)
+    data: JobData = factory(path, job.data, "data")(seed=seed, **job.data_options)
+    if not data.calibrate:
+        raise JobError("QG806", "the data factory gives no calibration batch", where=job.data, todo="give at least one")
+    if not data.evaluate:
+        raise JobError("QG806", "the data factory gives no evaluation batch", where=job.data, todo="give at least one")
+    graph = api.capture(model, data.calibrate[0], job.shapes(), output_names=job.outputs or None)
+    return Setup(model, data, graph)
+
+
+def make_plan(job: Job, path: Path, setup: Setup, passes: Sequence[Pass] = ()) -> Plan:
+    return api.plan(setup.graph, _beside(path, job.target), _beside(path, job.recipe), passes=passes)
+
+
+def _beside(path: Path, name: str) -> str:
+    """TOML files that a job names lie beside it; ``--target FILE`` has been made absolute."""
+    return str(path.parent / name) if name.endswith(".toml") else name
+
+
+def run_job(
+    path: Path,
+    output: Path | None = None,
+    *,
+    target: str | None = None,
+    train: bool = True,
+    passes: Sequence[str] = (),
+    plan: Plan | None = None,
+    say: Say = lambda line: None,
+) -> tuple[Report, Path]:
+    """Run a job and write its folder; the folder appears whole or not at all.
+
+    Returns:
+        The report and the folder: the ``.onnx``, ``plan.json``, ``manifest.json``, ``report.md``, ``report.json``
+        and ``qat.safetensors`` (the trained state).
+    """
+    job = load_job(path)
+    if target is not None:
+        job = job.model_copy(update={"target": target})
+    extra = parse_passes(passes)
+    folder = output or Path("build") / job.name
+    with output_folder(folder) as scratch:
+        start = time.perf_counter()
+        results = [_one_seed(job, path, seed, scratch, train, extra, plan, say) for seed in job.seeds]
+        report = _mean_over_seeds([r for r, _ in results], job.seeds)
+        report.job = job.name
+        report.check()
+        say(f"verified in {time.perf_counter() - start:.0f} s")
+        (scratch / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+        (scratch / "report.json").write_text(report.to_json(), encoding="utf-8")
+        write_json(scratch / "manifest.json", _manifest(job, path, scratch, results[0][1], train, passes))
+    return report, folder
+
+
+def _one_seed(
+    job: Job,
+    path: Path,
+    seed: int,
+    scratch: Path,
+    train: bool,
+    passes: Sequence[Pass],
+    plan: Plan | None,
+    say: Say,
+) -> tuple[Report, dict[str, Any]]:
+    label = f"seed {seed}: " if len(job.seeds) > 1 else ""
+    say(f"{label}load model and data")
+    setup = set_up(job, path, seed)
+    data = setup.data
+    clock = time.perf_counter()
+    planned = plan or make_plan(job, path, setup, passes)
+    backend = api.load_backend(planned)
+    qat = api.prepare(setup.graph, planned, passes=passes)
+    stages = time.perf_counter() - clock
+    say(f"{label}plan: {len(planned.int8_nodes())} int8 operations ({planned.hash()[:12]})")
+    api.calibrate(qat, data.calibrate)
+    wanted = fidelity.outputs(model_run(setup.model), data.evaluate)
+    ptq = score(fidelity.outputs(model_run(qat), data.evaluate), wanted, data.labels)
+    say(f"{label}after calibration: {_words(ptq)}")
+    losses: list[float] = []
+    if train:
+        losses = distill(qat, setup.model, data.train, Schedule(seed=seed, **job.training.model_dump()))
+    clock = time.perf_counter()
+    first = seed == job.seeds[0]
+    file = scratch / (f"{job.name}.onnx" if first else f".{job.name}.{seed}.onnx")
+    api.lower(qat, file)
+    stages += time.perf_counter() - clock
+    say(f"{label}lowered: {file.stat().st_size / 1e6:.1f} MB; verify")
+    report = api.verify(qat, file, data.evaluate, float_model=setup.model, labels=data.labels)
+    report.fidelity = {"ptq": ptq, **report.fidelity}
+    report.fidelity["how"] = "first output against the float model, every evaluation sample; float64 cosine by row"
+    if losses:
+        report.fidelity["loss"] = {"first": losses[0], "last_20_mean": statistics.fmean(losses[-20:])}
+    report.files["stages_seconds"] = stages
+    if first:
+        save_state(qat, scratch / "qat.safetensors")
+        (scratch / "plan.json").write_text(planned.to_json(), encoding="utf-8")
+        report.latency = measure_latency(backend, setup, file.read_bytes(), scratch)
+    else:
+        file.unlink()
+    return report, data.facts
+
+
+def _words(values: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+
+
+def save_state(qat: torch.nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(qat, str(path))
+
+
+def load_state(qat: torch.nn.Module, path: Path) -> None:
+    """Put a trained state into a freshly prepared model.
+
+    Raises:
+        PlanError: QG308 the state does not fit.
+    """
+    from safetensors.torch import load_model
+
+    try:
+        load_model(qat, str(path))
+    except (OSError, RuntimeError) as error:
+        raise PlanError(
+            "QG308", "the trained state does not fit the plan", where=path.name, why=str(error).splitlines()[0],
+            todo="run the job again",
+        ) from error  # fmt: skip
+
+
+def measure_latency(backend: Any, setup: Setup, model: bytes, scratch: Path) -> dict[str, Any]:
+    """Median milliseconds of the artifact and two float files, interleaved, one thread, default session options."""
+    everything = Override(select="*", place="float", why="the float file that the artifact is compared with")
+    prepared = api.prepare(
+        setup.graph, plan := api.plan(setup.graph, recipe=Recipe(name="float", override=(everything,)))
+    )
+    for module in prepared.modules():
+        module.eval()
+    own, stock = scratch / ".float.onnx", scratch / ".stock.onnx"
+    api.lower(prepared, own)
+    export_float(setup, stock)
+    files = {"engine_ms": model, "float_ms": str(stock), "float_same_options_ms": own.read_bytes()}
+    sessions = {name: backend.session(file, threads=1) for name, file in files.items()}
+    times = backend.median_latencies(sessions, feed_of(setup.graph, setup.data.latency))
+    for file in scratch.glob(".stock.onnx*"):
+        file.unlink()
+    own.unlink()
+    return {
+        "isa": isa(),
+        **times,
+        "ratio": times["float_ms"] / times["engine_ms"],
+        "ratio_same_options": times["float_same_options_ms"] / times["engine_ms"],
+        "batch": {n: list(a.shape) for n, a in feed_of(setup.graph, setup.data.latency).items()},
+        "how": "medians of 15 interleaved runs in one process, one thread, ORT default options; float_ms: "
+        "torch.onnx.export(dynamo=True, opset_version=20) with its defaults; float_same_options_ms: the float model "
+        f"lowered as the artifact is ({plan.target})",
+    }
+
+
+def export_float(setup: Setup, path: Path) -> None:
+    """The user's float model by torch's exporter with default options, opset 20."""
+    from qatgraph.backends.qdq_onnx import quiet
+    from qatgraph.ir.graph import export_shapes
+
+    info = setup.graph.info
+    shapes = export_shapes(setup.model, info.args, info.kwargs, info.dims)
+    mode = setup.model.training
+    setup.model.eval()
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                setup.model, info.args, kwargs=info.kwargs, dynamo=True, opset_version=20, dynamic_shapes=shapes,
+                input_names=list(info.inputs), verbose=False,
+            )  # fmt: skip
+        assert program is not None
+        program.save(str(path))
+    finally:
+        setup.model.train(mode)
+
+
+def _mean_over_seeds(reports: Sequence[Report], seeds: Sequence[int]) -> Report:
+    """The first seed's report; with several seeds, fidelity is the mean and every seed's numbers stand beside it."""
+    first = reports[0]
+    if len(reports) == 1:
+        return first
+    for other in reports[1:]:
+        first.failures += other.failures
+    each = {str(s): r.fidelity for s, r in zip(seeds, reports, strict=True)}
+    mean: dict[str, Any] = dict(first.fidelity)
+    for stage in ("float", "ptq", "qat", "engine"):
+        mean[stage] = {k: statistics.fmean(e[stage][k] for e in each.values()) for k in each[str(seeds[0])][stage]}
+    keep = ("float", "ptq", "qat", "engine")
+    first.fidelity = {**mean, "by_seed": {s: {k: e[k] for k in keep} for s, e in each.items()}}
+    return first
+
+
+def _manifest(
+    job: Job, path: Path, scratch: Path, facts: dict[str, Any], train: bool, passes: Sequence[str]
+) -> dict[str, Any]:
+    onnx = scratch / f"{job.name}.onnx"
+    return {
+        "job": job.model_dump(mode="json"),
+        "job_file": path.name,
+        "train": train,
+        "passes": list(passes),
+        "data": facts,
+        "isa": isa(),
+        "threads": torch.get_num_threads(),
+        "session_options": "ONNX Runtime defaults",
+        "versions": versions(),
+        "target": load_target(_beside(path, job.target)).hash(),
+        "hashes": {
+            "onnx": sha256(onnx),
+            "plan": Plan.load(scratch / "plan.json").hash(),
+            "state": sha256(scratch / "qat.safetensors"),
+        },
+    }
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify_folder(path: Path, folder: Path | None = None) -> Report:
+    """Prove the artifact of an earlier run again, in a new process.
+
+    Raises:
+        JobError: QG807 the folder does not hold a run of this job, or a file was changed since.
+    """
+    job = load_job(path)
+    folder = folder or Path("build") / job.name
+    manifest = read_manifest(folder)
+    onnx = folder / f"{job.name}.onnx"
+    if not onnx.is_file() or sha256(onnx) != manifest["hashes"]["onnx"]:
+        raise JobError(
+            "QG807",
+            f"'{onnx.name}' is not the file that the run wrote",
+            where=str(folder),
+            why="it is missing, or its hash differs from manifest.json",
+            todo="run the job again",
+        )
+    setup = set_up(job, path, job.seeds[0])
+    extra = parse_passes(manifest["passes"])
+    qat = api.prepare(setup.graph, Plan.load(folder / "plan.json"), passes=extra)
+    load_state(qat, folder / "qat.safetensors")
+    report = api.verify(qat, onnx, setup.data.evaluate, float_model=setup.model, labels=setup.data.labels)
+    report.job = job.name
+    return report
+
+
+def replay_folder(folder: Path, path: Path, output: Path, *, say: Say = lambda line: None) -> str:
+    """Run a job from the plan and the manifest of an earlier run and compare the bytes of the ONNX file.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        JobError: QG807 no run there, QG808 the job, the data or the bytes differ.
+    """
+    manifest = read_manifest(folder)
+    job = load_job(path)
+    if job.model_dump(mode="json") != manifest["job"]:
+        raise _differs("the job file", path.name, "it was changed since the run")
+    plan = Plan.load(folder / "plan.json")
+    torch.set_num_threads(manifest["threads"])  # sums in float depend on it
+    run_job(path, output, train=manifest["train"], passes=manifest["passes"], plan=plan, say=say)
+    again = read_manifest(output)
+    if again["data"] != manifest["data"]:
+        raise _differs("the data", path.name, f"{again['data']} instead of {manifest['data']}")
+    if again["hashes"]["onnx"] != manifest["hashes"]["onnx"]:
+        changed = [k for k in manifest["versions"] if again["versions"].get(k) != manifest["versions"][k]]
+        machines = f"recorded on {manifest['isa']} with {manifest['threads']} threads, here {again['isa']}"
+        raise _differs("the ONNX file", str(output), f"{machines}; changed versions: {', '.join(changed) or 'none'}")
+    return str(again["hashes"]["onnx"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(
+            "QG807",
+            f"'{folder}' does not hold a run",
+            where="manifest.json",
+            why=str(error),
+            todo="run the job first: qatgraph run JOB.toml",
+        ) from error
+    return found
+
+
+def _differs(what: str, where: str, why: str) -> JobError:
+    todo = "replay on the machine and with the versions of the run"
+    return JobError("QG808", f"the replay differs: {what}", where=where, why=why, todo=todo)

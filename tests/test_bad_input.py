@@ -1,0 +1,224 @@
+"""Bad input: a coded sentence, and an output folder that is byte for byte as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qatgraph.errors import QatgraphError
+from qatgraph.planning.plan import Plan
+from qatgraph.runner import replay_folder, run_job, verify_folder
+
+JOBS = Path(__file__).parent / "jobs"
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Every file below the folder's parent: also what a failed run might leave beside it."""
+    files = sorted(p for p in folder.parent.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder.parent)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a good run, which no bad run may change."""
+    return run_job(JOBS / "tiny.toml", tmp_path_factory.mktemp("build") / "tiny")[1]
+
+
+Refused = Callable[..., QatgraphError]
+
+
+@pytest.fixture
+def refused(good: Path, tmp_path: Path) -> Refused:
+    """Run the tiny job with changed lines; it must fail with the code and sentence, and change nothing."""
+
+    def run(code: str, sentence: str, *lines: str, job: str | None = None, **options: object) -> QatgraphError:
+        text = job if job is not None else (JOBS / "tiny.toml").read_text(encoding="utf-8")
+        path = tmp_path / "tiny.toml"
+        path.write_text("\n".join(lines[:1]) + "\n" + text + "\n" + "\n".join(lines[1:]), encoding="utf-8")
+        (tmp_path / "tiny.py").write_text((JOBS / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
+        before = digest(good)
+        with pytest.raises(QatgraphError) as caught:
+            run_job(path, good, **options)  # type: ignore[arg-type]
+        assert caught.value.code == code
+        assert sentence in caught.value.text()
+        assert caught.value.where
+        assert caught.value.todo
+        assert digest(good) == before
+        return caught.value
+
+    return run
+
+
+def test_a_good_run_does_change_the_folder(good: Path, tmp_path: Path) -> None:
+    """The control: the same comparison sees a run that succeeds."""
+    folder = run_job(JOBS / "tiny.toml", tmp_path / "build" / "tiny")[1]
+    before = digest(folder)
+    run_job(JOBS / "tiny.toml", folder, train=False)
+    assert digest(folder) != before
+
+
+def test_nan_in_data(refused: Refused) -> None:
+    error = refused("QG110", "the batch does not fit the captured model", "", '[data_options]\nfault = "nan"')
+    assert "NaN" in error.why
+    assert "calibration batch 1" in error.where
+
+
+def test_nan_in_training_data(refused: Refused) -> None:
+    refused("QG110", "it contains NaN or infinity", "", '[data_options]\nfault = "nan in training"')
+
+
+def test_nan_in_weights(refused: Refused) -> None:
+    error = refused("QG103", "a weight contains NaN or infinity", "", "[model_options]\nnan = true")
+    assert "first.weight" in error.where
+
+
+def test_wrong_dtype(refused: Refused) -> None:
+    error = refused("QG110", "the batch does not fit", "", '[data_options]\nfault = "dtype"')
+    assert "torch.float64" in error.why
+
+
+def test_wrong_rank(refused: Refused) -> None:
+    error = refused("QG110", "the batch does not fit", "", '[data_options]\nfault = "rank"')
+    assert "rank 3" in error.why
+
+
+@pytest.mark.parametrize("fault", ["empty", "nothing to evaluate"])
+def test_empty_loader(refused: Refused, fault: str) -> None:
+    refused("QG806", "batch", "", f'[data_options]\nfault = "{fault}"')
+
+
+def test_nothing_to_train_on(refused: Refused) -> None:
+    refused("QG703", "there is no batch to train on", "", '[data_options]\nfault = "nothing to train on"')
+
+
+def test_data_dependent_branch(refused: Refused) -> None:
+    error = refused("QG101", "the model branches on the values of a tensor", "", "[model_options]\nbranch = true")
+    assert "tiny.py:" in error.where
+    assert "if self.branch and h.sum() > 0" in error.where
+
+
+def test_unknown_target(refused: Refused) -> None:
+    error = refused("QG401", "there is no target 'ort-gpu'", 'target = "ort-gpu"')
+    assert "ort-cpu" in error.text()
+
+
+def test_unknown_recipe(refused: Refused) -> None:
+    refused("QG302", "there is no recipe 'int9'", 'recipe = "int9"')
+
+
+def test_unknown_recipe_key(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[[override]]\nselect = "*"\nplcae = "float"\n', encoding="utf-8")
+    error = refused("QG303", "the recipe is not valid", 'recipe = "mine.toml"')
+    assert "did you mean 'place'" in error.why
+
+
+def test_selector_that_matches_nothing(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[[override]]\nselect = "frist:linear"\nplace = "float"\n', encoding="utf-8")
+    error = refused("QG301", "the selector 'frist:linear' matches nothing", 'recipe = "mine.toml"')
+    assert "first:linear" in error.todo
+
+
+def test_job_file_with_a_typo(refused: Refused) -> None:
+    error = refused("QG802", "the job is not valid", 'traget = "ort-cpu"')
+    assert "did you mean 'target'" in error.why
+
+
+def test_job_file_that_is_not_toml(refused: Refused) -> None:
+    refused("QG802", "the job is not valid", job="name = ")
+
+
+def test_factory_that_does_not_exist(refused: Refused) -> None:
+    text = (JOBS / "tiny.toml").read_text(encoding="utf-8").replace("tiny.py:model", "tiny.py:modle")
+    refused("QG803", "has no function 'modle'", job=text)
+
+
+def test_target_without_a_backend(refused: Refused) -> None:
+    toy = Path(__file__).parent.parent / "examples" / "targets" / "toy_npu.toml"
+    error = refused("QG403", "can be planned for, but not lowered to", target=str(toy))
+    assert "backend" in error.todo
+
+
+def test_unknown_pass(refused: Refused) -> None:
+    refused("QG201", "there is no pass 'fold-geul'", passes=["fold-geul"])
+
+
+def test_plan_made_for_another_model(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text((JOBS / "tiny.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    source = (JOBS / "tiny.py").read_text(encoding="utf-8")
+    (tmp_path / "tiny.py").write_text(source.replace("width: int = 16", "width: int = 24"), encoding="utf-8")
+    before = digest(good)
+    with pytest.raises(QatgraphError, match="made for another model") as caught:
+        run_job(path, good, plan=Plan.load(good / "plan.json"))
+    assert caught.value.code == "QG307"
+    assert digest(good) == before
+
+
+def test_unwritable_output_folder(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    with pytest.raises(QatgraphError, match="cannot write the output folder") as caught:
+        run_job(JOBS / "tiny.toml", tmp_path / "file" / "tiny")
+    assert caught.value.code == "QG805"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "not a folder"
+
+
+def test_interrupted_run(good: Path, tmp_path: Path) -> None:
+    """Ctrl-C while the job works: exit code not 0, nothing changed, nothing left beside the folder."""
+    path = tmp_path / "tiny.toml"
+    text = (JOBS / "tiny.toml").read_text(encoding="utf-8") + '[data_options]\nfault = "slow"\n'
+    path.write_text(text, encoding="utf-8")
+    (tmp_path / "tiny.py").write_text((JOBS / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
+    before = digest(good)
+    command = [sys.executable, "-c", "from qatgraph.cli import main; main()", "run", str(path), "--output", str(good)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    assert "load model" in process.stdout.readline()
+    while not any(good.parent.glob(".tiny.*")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert digest(good) == before
+    assert not list(good.parent.glob(".tiny.*"))
+
+
+def test_verify_refuses_a_changed_file(good: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(good, copy)
+    assert verify_folder(JOBS / "tiny.toml", copy).ok
+    data = bytearray((copy / "tiny.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "tiny.onnx").write_bytes(bytes(data))
+    with pytest.raises(QatgraphError, match="is not the file that the run wrote") as caught:
+        verify_folder(JOBS / "tiny.toml", copy)
+    assert caught.value.code == "QG807"
+
+
+def test_replay_refuses_other_data(good: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "tiny.toml"
+    path.write_text((JOBS / "tiny.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    source = (JOBS / "tiny.py").read_text(encoding="utf-8")
+    (tmp_path / "tiny.py").write_text(source.replace('facts={"seed": seed}', 'facts={"seed": 7}'), encoding="utf-8")
+    copy = tmp_path / "copy"
+    shutil.copytree(good, copy)
+    with pytest.raises(QatgraphError, match="the replay differs: the data") as caught:
+        replay_folder(copy, path, tmp_path / "again")
+    assert caught.value.code == "QG808"
+
+
+def test_nothing_in_the_folder_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(QatgraphError, match="does not hold a run") as caught:
+        verify_folder(JOBS / "tiny.toml", tmp_path)
+    assert caught.value.code == "QG807"

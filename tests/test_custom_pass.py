@@ -1,0 +1,104 @@
+"""The example of two passes of one's own: short, on the public names alone, and at work."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from torch import Tensor, nn
+
+import qatgraph as qg
+from qatgraph.ir.meta import record
+from qatgraph.rewriting.passes import Pass, PlanningPass, RewritePass
+from qatgraph.rewriting.registry import parse_passes
+from tests.models import captured, floats
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_pass.py"
+
+
+def faults(source: str) -> list[str]:
+    """What makes a file of passes too long or too knowing, as sentences."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            size = (node.end_lineno or 0) - first + 1
+            found += [f"'{node.name}' has {size} lines"] if size > 20 else []
+        elif isinstance(node, ast.Import):
+            found += [f"imports {a.name}" for a in node.names if a.name != "qatgraph"]
+        elif isinstance(node, ast.ImportFrom) and node.module != "dataclasses":
+            found.append(f"imports from {node.module}")
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "qg":
+            found += [] if node.attr in qg.__all__ else [f"qg.{node.attr} is not public"]
+    return found
+
+
+def test_the_example_is_short_and_uses_only_public_names() -> None:
+    assert faults(EXAMPLE.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch",
+        "from torch import fx",
+        "from qatgraph.rewriting.edit import Edit",
+        "import qatgraph as qg\nqg.rewriting",
+        "class Long:\n" + "    x = 1\n" * 20,
+    ],
+)
+def test_a_planted_fault_is_seen(source: str) -> None:
+    assert len(faults(source)) == 1
+
+
+@pytest.fixture(scope="module")
+def passes() -> list[Pass]:
+    return parse_passes([str(EXAMPLE)])
+
+
+def test_the_file_defines_a_rewrite_and_a_planning_pass(passes: list[Pass]) -> None:
+    rewrite, planning = passes
+    assert isinstance(rewrite, RewritePass)
+    assert isinstance(planning, PlanningPass)
+    assert [str(p) for p in passes] == ["remove-mul-by-one", "pin-first-linear"]
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 4), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x * self.scale)
+        return y * self.scale
+
+
+@pytest.mark.parametrize(("scale", "names"), [(1.0, ["fc:linear"]), (2.0, ["Scaled:mul", "fc:linear", "Scaled:mul#2"])])
+def test_the_rewrite_removes_products_by_one(passes: list[Pass], scale: float, names: list[str]) -> None:
+    model = Scaled(scale)
+    graph = qg.capture(model, floats(2, 4))
+    assert len(graph.nodes) == 3
+    after = qg.canonicalize(graph, passes)
+    assert [record(n).name for n in after.nodes] == names
+    assert bool((after(floats(2, 4)) == model(floats(2, 4))).all())
+
+
+def test_the_planning_pass_pins_the_first_linear(passes: list[Pass]) -> None:
+    graph = captured("mlp")
+    plain, plan = qg.plan(graph), qg.plan(graph, passes=passes)
+    assert plain.int8_nodes() == ["up:linear", "down:linear"]
+    assert plan.int8_nodes() == ["down:linear"]
+    prediction = plan.prediction("up:linear")
+    assert prediction is not None
+    assert (prediction.pinned, prediction.int8) == (True, False)
+    decision = next(d for d in plan.decisions if d.subject == "up:linear")
+    assert (str(decision.author), decision.why) == ("pass pin-first-linear", "'up:linear' reads the raw input")
+
+
+def test_the_plan_fits_the_graph_that_both_passes_saw(passes: list[Pass]) -> None:
+    graph = qg.capture(Scaled(1.0), floats(2, 4))
+    plan = qg.plan(graph, passes=passes)
+    assert qg.prepare(graph, plan, passes=passes) is not None
+    with pytest.raises(qg.QatgraphError, match="QG307"):
+        qg.prepare(graph, plan)

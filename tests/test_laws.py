@@ -1,0 +1,320 @@
+"""What holds for every registered pass, over a zoo of tiny models; and a planted pass that breaks each law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+import qatgraph as qg
+from qatgraph.errors import PassError
+from qatgraph.ir.graph import Batch, Graph
+from qatgraph.ir.stages import verify_structure
+from qatgraph.passes import BUILTIN, CANONICALIZE, PLANNING
+from qatgraph.planning.build import PlanningContext, build_plan
+from qatgraph.planning.constraints import Constraint
+from qatgraph.planning.facts import facts_of
+from qatgraph.planning.recipe import Recipe
+from qatgraph.planning.target import load_target
+from qatgraph.rewriting.edit import Edit
+from qatgraph.rewriting.manager import PassManager, PassReport
+from qatgraph.rewriting.passes import GraphPass, Pass, PlanningPass, parse_options, same, within
+from qatgraph.rewriting.pattern import Any as AnyValue
+from qatgraph.rewriting.pattern import Op, Refusal, match
+from qatgraph.rewriting.registry import make_pass
+from tests.models import ZOO, canonical, captured
+
+HEADINGS = ("What:", "Why:", "Before and after:", "Refuses:", "Numerics:")
+TARGETS = ("ort-cpu", "examples/targets/toy_npu.toml")
+
+
+def run(one: GraphPass, graph: Graph) -> tuple[Graph, PassReport]:
+    manager = PassManager([one], leaves=graph.stage)
+    return manager.run(graph), manager.reports[0]
+
+
+# ---------------------------------------------------------------- laws of passes that change the graph
+
+
+def verifies_after(one: GraphPass, graph: Graph, batch: Batch) -> None:
+    verify_structure(run(one, graph)[0].module, graph.stage, one.name)
+
+
+def a_second_run_changes_nothing(one: GraphPass, graph: Graph, batch: Batch) -> None:
+    once, _ = run(one, graph)
+    twice, report = run(one, once)
+    assert str(twice) == str(once)
+    assert not report.modified
+
+
+def modified_tells_the_truth(one: GraphPass, graph: Graph, batch: Batch) -> None:
+    before = graph.structural_hash(), graph.weights_hash()
+    after, report = run(one, graph)
+    assert report.modified == (str(after) != str(graph))
+    if not report.modified:
+        assert (after.structural_hash(), after.weights_hash()) == before
+
+
+def declared_numerics_hold(one: GraphPass, graph: Graph, batch: Batch) -> None:
+    """On inputs that the pass has not seen; float32 adds its own rounding to a declared eps."""
+    after, _ = run(one, graph)
+    for a, b in zip(pytree.tree_leaves(graph.run(batch)), pytree.tree_leaves(after.run(batch)), strict=True):
+        if one.numerics == same:
+            assert torch.equal(a, b)
+        else:
+            assert float((a - b).detach().abs().max()) <= (one.numerics.eps + 1e-6) * float(a.detach().abs().max())
+
+
+def the_input_graph_is_untouched(one: GraphPass, graph: Graph, batch: Batch) -> None:
+    before = state(graph)
+    run(one, graph)
+    assert state(graph) == before
+
+
+def state(graph: Graph) -> tuple[object, ...]:
+    examples = [t.tolist() for t in pytree.tree_leaves((graph.info.args, graph.info.kwargs))]
+    modules = [(name, module.training) for name, module in graph.module.named_modules()]
+    return str(graph), graph.info.stage, graph.weights_hash(), examples, modules
+
+
+Law = Callable[[GraphPass, Graph, Batch], None]
+GRAPH_LAWS: tuple[Law, ...] = (
+    verifies_after,
+    a_second_run_changes_nothing,
+    modified_tells_the_truth,
+    declared_numerics_hold,
+    the_input_graph_is_untouched,
+)
+
+
+@pytest.mark.parametrize("model", ZOO)
+@pytest.mark.parametrize("name", CANONICALIZE)
+@pytest.mark.parametrize("law", GRAPH_LAWS)
+@pytest.mark.parametrize("stage", [captured, canonical])
+def test_graph_pass(law: Law, name: str, model: str, stage: Callable[[str], Graph]) -> None:
+    one = make_pass(name)
+    assert isinstance(one, GraphPass)
+    law(one, stage(model), ZOO[model].inputs(1))
+
+
+def test_every_pass_changes_some_model_of_the_zoo() -> None:
+    """Else the laws would say nothing about it."""
+    idle = set(CANONICALIZE)
+    for model in ZOO:
+        manager = PassManager([p for p in map(make_pass, CANONICALIZE) if isinstance(p, GraphPass)])
+        manager.run(captured(model))
+        idle -= {r.name for r in manager.reports if r.modified}
+    assert idle == set()
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_canonical_is_canonical(model: str) -> None:
+    """So that a plan for a graph that was canonicalized by hand fits the graph that was not."""
+    once = canonical(model)
+    twice = qg.canonicalize(once)
+    assert str(twice) == str(once)
+    assert twice.structural_hash() == once.structural_hash()
+    assert twice.weights_hash() == once.weights_hash()
+
+
+# ---------------------------------------------------------------- laws of all passes
+
+
+def the_docstring_has_its_headings(one: Pass) -> None:
+    lines = [line.strip() for line in (type(one).__doc__ or "").splitlines()]
+    found = [h for line in lines for h in HEADINGS if line.startswith(h)]
+    assert found == list(HEADINGS)
+    assert type(one).summary().endswith(".")
+
+
+def option_text_round_trips(one: Pass) -> None:
+    name, options = parse_options(str(one))
+    assert name == one.name
+    assert type(one)(**options) == one
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+@pytest.mark.parametrize("law", [the_docstring_has_its_headings, option_text_round_trips])
+def test_pass(law: Callable[[Pass], None], name: str) -> None:
+    law(make_pass(name))
+
+
+def test_every_builtin_pass_is_in_a_pipeline() -> None:
+    assert set(BUILTIN) == {*CANONICALIZE, *PLANNING}
+    assert all(isinstance(make_pass(n), GraphPass) for n in CANONICALIZE)
+    assert all(isinstance(make_pass(n), PlanningPass) for n in PLANNING)
+
+
+# ---------------------------------------------------------------- laws of passes that plan
+
+
+def stated(passes: Iterable[PlanningPass], model: str, target: str) -> list[list[Constraint]]:
+    graph = canonical(model)
+    context = PlanningContext(load_target(target), Recipe(), facts_of(graph))
+    return [list(one.state(graph, context)) for one in passes]
+
+
+def plan_hash(constraints: Iterable[Constraint], model: str, target: str) -> str:
+    context = PlanningContext(load_target(target), Recipe(), facts_of(canonical(model)))
+    return build_plan(context, constraints, {}).hash()
+
+
+def planning(names: Iterable[str] = PLANNING) -> list[PlanningPass]:
+    return [p for p in map(make_pass, names) if isinstance(p, PlanningPass)]
+
+
+@pytest.mark.parametrize("model", ZOO)
+@pytest.mark.parametrize("name", PLANNING)
+def test_a_planning_pass_leaves_the_graph_alone(name: str, model: str) -> None:
+    before = state(canonical(model))
+    first, second = (stated(planning([name]), model, TARGETS[0]) for _ in range(2))
+    assert state(canonical(model)) == before
+    assert first == second
+
+
+CASES = st.sampled_from([(model, target) for model in ZOO for target in TARGETS])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=CASES, order=st.permutations(PLANNING))
+def test_the_plan_is_the_same_for_any_order_of_the_passes(case: tuple[str, str], order: Sequence[str]) -> None:
+    assert order_matters(planning(order), planning(), *case) is False
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=CASES, random=st.randoms(use_true_random=False))
+def test_the_plan_is_the_same_for_any_order_of_the_constraints(case: tuple[str, str], random: Any) -> None:
+    constraints = [c for some in stated(planning(), *case) for c in some]
+    want = plan_hash(constraints, *case)
+    random.shuffle(constraints)
+    assert plan_hash(constraints, *case) == want
+
+
+def order_matters(one: Sequence[PlanningPass], other: Sequence[PlanningPass], model: str, target: str) -> bool:
+    a, b = (plan_hash([c for s in stated(order, model, target) for c in s], model, target) for order in (one, other))
+    return a != b
+
+
+# ---------------------------------------------------------------- planted passes, each of which breaks a law
+
+
+@dataclass(frozen=True)
+class Planted(GraphPass):
+    """Whatever a fault needs."""
+
+    name = "planted"
+
+
+def linear(graph: Graph) -> Any:
+    return next(n for n in graph.nodes if match(Op("linear", AnyValue("x")), n) is not None)
+
+
+class Unstructured(Planted):
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        linear(graph).target = torch.nn.functional.linear
+        return []
+
+
+class Growing(Planted):
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        node = linear(graph)
+        new = edit.call("mul", node, 1.0, at=node.next)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        return []
+
+
+class Overfitted(Planted):
+    """Right on the example inputs, wrong on all others."""
+
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        with torch.no_grad():
+            value = graph.module(*graph.info.args, **graph.info.kwargs)
+        output = graph.module.graph.output_node()
+        output.args = ([edit.constant("baked", value, at=output)],)
+        return []
+
+
+class Nearly(Planted):
+    numerics = within(1e-12)
+
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        node = linear(graph)
+        new = edit.call("mul", node, 1.001, at=node.next)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        return []
+
+
+class InPlace(Planted):
+    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        with torch.no_grad():
+            next(graph.module.parameters()).add_(1)
+        return []
+
+
+@pytest.mark.parametrize(
+    ("law", "fault"),
+    [
+        (verifies_after, Unstructured),
+        (a_second_run_changes_nothing, Growing),
+        (modified_tells_the_truth, InPlace),
+        (declared_numerics_hold, Overfitted),
+        (declared_numerics_hold, Nearly),
+        (the_input_graph_is_untouched, InPlace),
+    ],
+)
+def test_a_law_is_broken_by(law: Law, fault: type[Planted]) -> None:
+    with pytest.raises((AssertionError, PassError)):
+        law(fault(), ZOO["mlp"].capture(), ZOO["mlp"].inputs(1))
+
+
+@dataclass(frozen=True)
+class Undocumented(PlanningPass):
+    """What: nothing. Why: no other heading stands here."""
+
+    name = "undocumented"
+
+
+@dataclass(frozen=True)
+class Unprintable(PlanningPass):
+    name = "unprintable"
+    option: Any = object
+
+
+def test_a_law_of_all_passes_is_broken_by() -> None:
+    with pytest.raises(AssertionError):
+        the_docstring_has_its_headings(Undocumented())
+    with pytest.raises(PassError):
+        option_text_round_trips(Unprintable(option=int))
+
+
+@dataclass(frozen=True)
+class PinIfFirst(PlanningPass):
+    """Looks at who came before it, which no pass may."""
+
+    name = "pin-if-first"
+    before: Any = None
+
+    def state(self, graph: Graph, context: Any) -> Iterable[Constraint]:
+        return [] if self.before else [qg.pin("up:linear", by=self.name, why="it came first")]
+
+
+@dataclass(frozen=True)
+class TakeATurn(PinIfFirst):
+    name = "take-a-turn"
+
+    def state(self, graph: Graph, context: Any) -> Iterable[Constraint]:
+        self.before.append(self.name)
+        return []
+
+
+def test_a_pass_that_looks_at_the_others_is_seen() -> None:
+    first: list[str] = []
+    second: list[str] = []
+    orders = [PinIfFirst(first), TakeATurn(first)], [TakeATurn(second), PinIfFirst(second)]
+    assert order_matters(*orders, "mlp", "ort-cpu")

@@ -1,0 +1,590 @@
+"""Each built-in pass: what it matches, what it refuses, before and after. What holds for all is in ``test_laws``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import qatgraph as qg
+from qatgraph.errors import PlanError
+from qatgraph.ir.graph import Graph
+from qatgraph.ir.meta import record
+from qatgraph.ir.stages import Stage
+from qatgraph.passes import BUILTIN
+from qatgraph.passes.insert_quantizers import InsertQuantizers
+from qatgraph.planning.build import PlanningContext
+from qatgraph.planning.constraints import PIN, Constraint
+from qatgraph.planning.facts import facts_of
+from qatgraph.planning.recipe import Override, Recipe
+from qatgraph.planning.target import load_target
+from qatgraph.rewriting.manager import PassManager
+from qatgraph.rewriting.passes import GraphPass, PlanningPass
+from qatgraph.rewriting.registry import make_pass
+from tests.models import BATCH, WIDTH, ZOO, canonical, captured, floats, tokens
+
+TOY_NPU = "examples/targets/toy_npu.toml"
+
+
+class Function(nn.Module):
+    """A model that is one function; ``Function`` is the module that its operations are named after."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        return self.function(x) if y is None else self.function(x, y)
+
+
+X, Y = floats(2, 4), floats(2, 4, seed=1)
+
+
+def rewritten(name: str, graph: Graph) -> tuple[Graph, dict[str, str]]:
+    """The graph after one pass, and what it refused: node -> reason."""
+    one = make_pass(name)
+    assert isinstance(one, GraphPass)
+    manager = PassManager([one], leaves=graph.stage)
+    return manager.run(graph), {r.node: r.reason for r in manager.reports[0].refused}
+
+
+def lines(graph: Graph) -> list[str]:
+    """The operations without their types: ``fc:linear = linear(x, 'fc.weight')``."""
+    return [line.strip().partition(" : ")[0] for line in str(graph).splitlines()[1:-1]]
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [record(n).kind for n in graph.nodes]
+
+
+def of(function: Callable[..., Any], *inputs: Tensor) -> Graph:
+    return qg.capture(Function(function), inputs or (X,))
+
+
+def test_every_builtin_pass_has_a_section_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    sections = {line.strip("# -") for line in source.splitlines() if line.startswith("# ---")}
+    assert {*BUILTIN, "insert-quantizers"} == sections
+
+
+# ---------------------------------------------------------------- remove-no-ops
+
+
+NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": lambda x: torch.relu(x).to(torch.float32).float(),
+    "slice": lambda x: torch.relu(x)[:, :],
+    "expand": lambda x: torch.relu(x).expand(2, 4),
+    "reshape": lambda x: torch.relu(x).reshape(2, 4).view(-1, 4),
+    "clone": lambda x: torch.relu(x).clone().contiguous(),
+    "detach": lambda x: torch.relu(x).detach(),
+    "dead": lambda x: (torch.tanh(x), torch.relu(x))[1],
+    "of a constant": lambda x: torch.relu(x) + torch.tensor([1.0, 2.0, 3.0, 4.0]).float() * 0.0,
+}
+
+
+@pytest.mark.parametrize("name", NO_OPS)
+def test_what_changes_nothing_goes(name: str) -> None:
+    before = of(NO_OPS[name])
+    after, _ = rewritten("remove-no-ops", before)
+    assert len(after.nodes) < len(before.nodes)
+    assert set(kinds(after)) <= {"relu", "mul", "add"}
+    assert torch.equal(after(X), before(X))
+
+
+REAL_OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "another type": lambda x: torch.relu(x).double(),
+    "half of it": lambda x: torch.relu(x)[:, :2],
+    "every second": lambda x: torch.relu(x)[:, ::2],
+    "broadcast": lambda x: torch.relu(x).expand(3, 2, 4),
+    "another shape": lambda x: torch.relu(x).reshape(4, 2),
+    "a square transposed": lambda x: torch.relu(x @ x.t()).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", REAL_OPS)
+def test_what_changes_something_stays(name: str) -> None:
+    before = of(REAL_OPS[name])
+    after, _ = rewritten("remove-no-ops", before)
+    assert lines(after) == [line for line in lines(before) if "assert_tensor_metadata" not in line]
+
+
+def test_a_copy_that_somebody_writes_is_no_no_op() -> None:
+    """``x.clone().relu_()``: without the copy, the write would go into the caller's tensor."""
+    example, x = floats(2, 4), floats(2, 4)
+    after = qg.canonicalize(of(lambda x: x.clone().relu_(), example))
+    assert torch.equal(after(x), torch.relu(X))
+    assert torch.equal(x, X)
+    assert torch.equal(example, X)
+
+
+def test_what_is_written_through_a_view_is_seen() -> None:
+    def half(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[:, :2].relu_()
+        return y
+
+    assert torch.equal(qg.canonicalize(of(half))(X), half(X))
+
+
+class Pooler(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.pooler = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        self.pooler(y)
+        return y
+
+
+def test_an_unused_module_goes_with_its_parameters() -> None:
+    after, _ = rewritten("remove-no-ops", qg.capture(Pooler(), X))
+    assert lines(after) == ["fc:linear = linear(x, 'fc.weight', 'fc.bias')"]
+    assert sorted(after.module.state_dict()) == ["fc.bias", "fc.weight"]
+
+
+def test_a_size_that_moves_is_compared_by_its_name() -> None:
+    graph = qg.capture(Function(lambda x: torch.relu(x).reshape(x.shape[0], 4)), X, {"x": BATCH})
+    assert kinds(rewritten("remove-no-ops", graph)[0]) == ["relu"]
+
+
+# ---------------------------------------------------------------- restore-dropout
+
+
+def test_dropout_becomes_a_module_at_the_users_path() -> None:
+    before = captured("mlp")
+    after, refused = rewritten("restore-dropout", before)
+    assert "dropout:dropout = dropout(down:linear, 0.1, False)" in lines(before)
+    assert "dropout:dropout = dropout(down:linear)" in lines(after)
+    (module,) = [m for m in after.module.modules() if isinstance(m, nn.Dropout)]
+    assert (module.p, module.training, refused) == (0.1, False, {})
+    assert after.module.get_submodule("dropout") is not None
+
+
+class TwoDrops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.drop(x), self.drop(x)
+
+
+def test_two_uses_of_one_dropout_are_two_masks() -> None:
+    graph = qg.capture(TwoDrops(), torch.ones(64, 64))
+    after, _ = rewritten("restore-dropout", graph)
+    after.module.train()
+    a, b = after(torch.ones(64, 64))
+    assert not torch.equal(a, b)
+
+
+def test_dropout_that_runs_in_eval_too_is_left_alone() -> None:
+    before = of(lambda x: functional.dropout(x, 0.5, training=True))
+    after, refused = rewritten("restore-dropout", before)
+    assert lines(after) == lines(before)
+    assert list(refused) == ["Function:dropout"]
+
+
+# ---------------------------------------------------------------- fold-addmm
+
+
+def test_addmm_becomes_a_linear_over_a_folded_weight() -> None:
+    before = captured("gpt2")
+    after, refused = rewritten("fold-addmm", before)
+    assert "c_fc:linear = linear(c_fc:reshape, 'c_fc.weight/folded', 'c_fc.bias')" in lines(after)
+    assert "addmm" not in kinds(after)
+    assert refused == {}
+    folded = after.module.get_parameter("c_fc.weight/folded")
+    assert torch.equal(folded, before.module.get_parameter("c_fc.weight").t())
+    assert folded.is_contiguous()
+
+
+def test_the_weight_that_was_folded_is_gone() -> None:
+    after, _ = rewritten("fold-addmm", captured("gpt2"))
+    assert sorted(after.module.state_dict()) == sorted(
+        f"{layer}.{name}" for layer in ("c_fc", "c_proj") for name in ("bias", "weight/folded")
+    )
+
+
+def test_a_frozen_weight_stays_frozen_when_folded() -> None:
+    model = ZOO["gpt2"].model()
+    model.get_parameter("c_fc.weight").requires_grad_(False)
+    after, _ = rewritten("fold-addmm", qg.capture(model, floats(2, 5, WIDTH)))
+    assert [n for n, p in after.module.named_parameters() if not p.requires_grad] == ["c_fc.weight/folded"]
+
+
+class Addmm(nn.Module):
+    def __init__(self, alpha: float = 1, beta: float = 1) -> None:
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+        self.weight, self.vector, self.matrix = (nn.Parameter(floats(*s)) for s in ((4, 4), (4,), (2, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.vector, x, self.weight, alpha=self.alpha, beta=self.beta)
+
+
+class MatrixBias(Addmm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.matrix, x, self.weight)
+
+
+class SharedWeight(Addmm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.vector, x, self.weight) @ self.weight
+
+
+class ComputedWeight(Addmm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.vector, x, torch.relu(self.weight))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Addmm(alpha=2), "addmm scales its operands (alpha or beta is not 1)"),
+        (Addmm(beta=0.5), "addmm scales its operands (alpha or beta is not 1)"),
+        (MatrixBias(), "the bias is not a vector"),
+        (SharedWeight(), "'weight' has 2 users"),
+    ],
+)
+def test_fold_addmm_refuses(model: nn.Module, reason: str) -> None:
+    before = qg.capture(model, X)
+    after, refused = rewritten("fold-addmm", before)
+    assert lines(after) == lines(before)
+    assert refused == {f"{type(model).__name__}:addmm": reason}
+
+
+def test_a_weight_that_is_computed_is_no_match() -> None:
+    after, refused = rewritten("fold-addmm", qg.capture(ComputedWeight(), X))
+    assert kinds(after) == ["relu", "addmm"]
+    assert refused == {}
+
+
+# ---------------------------------------------------------------- fold-gelu
+
+
+GELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as BERT writes it": lambda x: x * 0.5 * (1.0 + torch.erf(x / 2**0.5)),
+    "the other way round": lambda x: (torch.erf(x / 1.4142135) + 1) * (0.5 * x),
+}
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_a_gelu_in_erf_becomes_one_node(name: str) -> None:
+    after, _ = rewritten("fold-gelu", of(GELUS[name]))
+    assert lines(after) == ["Function:gelu = gelu(x)"]
+    assert torch.allclose(after(X), functional.gelu(X), atol=1e-6)
+
+
+NO_GELUS: dict[str, Callable[..., Tensor]] = {
+    "two arguments": lambda x, y: x * 0.5 * (1.0 + torch.erf(y / 2**0.5)),
+    "another constant": lambda x: x * 0.5 * (1.0 + torch.erf(x / 1.5)),
+    "no half": lambda x: x * 0.4 * (1.0 + torch.erf(x / 2**0.5)),
+    "a sum that is scaled": lambda x: x * 0.5 * torch.add(torch.erf(x / 2**0.5), 1.0, alpha=2),
+}
+
+
+@pytest.mark.parametrize("name", NO_GELUS)
+def test_what_is_no_gelu_stays(name: str) -> None:
+    before = of(NO_GELUS[name], *((X, Y) if name == "two arguments" else (X,)))
+    after, _ = rewritten("fold-gelu", before)
+    assert lines(after) == lines(before)
+
+
+# ---------------------------------------------------------------- fuse-linear-activation
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: nn.Module, twice: bool = False) -> None:
+        super().__init__()
+        self.fc, self.act, self.twice = nn.Linear(4, 4), activation, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        z: Tensor = self.act(y)
+        return z + y if self.twice else z
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.Tanh()], ids=str)
+def test_a_linear_and_its_activation_become_one_region(activation: nn.Module) -> None:
+    before = qg.capture(Activated(activation), X)
+    after, refused = rewritten("fuse-linear-activation", before)
+    assert lines(after) == lines(before)
+    kind = kinds(after)[1]
+    assert {record(n).region for n in after.nodes} == {f"fc:linear+{kind}"}
+    assert refused == {}
+
+
+def test_an_activation_of_another_kind_is_left_alone() -> None:
+    after, refused = rewritten("fuse-linear-activation", qg.capture(Activated(nn.Sigmoid()), X))
+    assert {record(n).region for n in after.nodes} == {""}
+    assert refused == {}
+
+
+def test_a_linear_with_two_readers_is_refused() -> None:
+    after, refused = rewritten("fuse-linear-activation", qg.capture(Activated(nn.GELU(), twice=True), X))
+    assert {record(n).region for n in after.nodes} == {""}
+    assert refused == {"act:gelu": "'fc:linear' has 2 users"}
+
+
+# ---------------------------------------------------------------- mark-residual-add
+
+
+def test_the_sum_of_two_activations_is_a_residual_add() -> None:
+    before = of(lambda x: torch.relu(x) + torch.tanh(x))
+    after, refused = rewritten("mark-residual-add", before)
+    assert lines(before)[-1] == "Function:add = add(Function:relu, Function:tanh)"
+    assert lines(after)[-1] == "Function:residual_add = residual_add(Function:relu, Function:tanh)"
+    assert refused == {}
+
+
+NO_RESIDUALS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "an input": (lambda x: torch.relu(x) + x, "'x' is not computed"),
+    "scaled": (lambda x: torch.add(torch.relu(x), torch.tanh(x), alpha=2), "it scales an operand (alpha)"),
+    "integers": (lambda x: torch.argmax(x, 1) + torch.argmin(x, 1), "'argmax' is not a float tensor"),
+}
+
+
+@pytest.mark.parametrize("name", NO_RESIDUALS)
+def test_mark_residual_add_refuses(name: str) -> None:
+    function, reason = NO_RESIDUALS[name]
+    after, refused = rewritten("mark-residual-add", of(function))
+    assert "residual_add" not in kinds(after)
+    assert refused == {"Function:add": reason}
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + self.shift
+
+
+def test_a_number_or_a_parameter_is_no_residual() -> None:
+    assert "residual_add" not in kinds(rewritten("mark-residual-add", of(lambda x: torch.relu(x) + 1.0))[0])
+    after, refused = rewritten("mark-residual-add", qg.capture(Shift(), X))
+    assert "residual_add" not in kinds(after)
+    assert refused == {"Shift:add": "'shift' is not computed"}
+
+
+# ---------------------------------------------------------------- pin-layer-norm
+# ---------------------------------------------------------------- pin-softmax
+# ---------------------------------------------------------------- pin-attention
+
+
+def stated(name: str, graph: Graph, target: str = "ort-cpu") -> list[Constraint]:
+    one = make_pass(name)
+    assert isinstance(one, PlanningPass)
+    return list(one.state(graph, PlanningContext(load_target(target), Recipe(), facts_of(graph))))
+
+
+@pytest.fixture(scope="module")
+def softmax() -> Graph:
+    return qg.canonicalize(of(lambda x: torch.softmax(torch.relu(x), -1)))
+
+
+PINS = [
+    ("pin-layer-norm", "mlp", ["norm:layer_norm"], "[batch, 32]"),
+    ("pin-layer-norm", "encoder", ["layer.0.norm:layer_norm", "layer.0.mlp.norm:layer_norm"], "[batch, length, 32]"),
+    ("pin-attention", "encoder", ["layer.0.attention:attention"], "[batch, 2, length, 16]"),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "nodes", "shape"), PINS)
+def test_a_pin_for_each(name: str, model: str, nodes: list[str], shape: str) -> None:
+    pins = stated(name, canonical(model))
+    assert [p.ports[0].node for p in pins] == nodes
+    for pin in pins:
+        assert (pin.kind, pin.strength, str(pin.author)) == ("float", PIN, f"pass {name}")
+        assert shape in pin.why, "the reason is about this value"
+        assert "{" not in pin.why
+
+
+def test_a_pin_for_each_softmax(softmax: Graph) -> None:
+    (pin,) = stated("pin-softmax", softmax)
+    assert (pin.kind, str(pin.ports[0]), pin.strength) == ("float", "Function:softmax.out", PIN)
+    assert "[2, 4]" in pin.why
+
+
+@pytest.mark.parametrize("name", ["pin-layer-norm", "pin-softmax", "pin-attention", "pin-small-embeddings"])
+def test_nothing_to_pin(name: str) -> None:
+    assert stated(name, canonical("gpt2")) == []
+
+
+def test_a_pinned_node_is_float_in_the_plan_by_the_pass() -> None:
+    plan = qg.plan(captured("encoder"))
+    assert {p.node for p in plan.predictions if p.pinned} == {
+        "token:embedding",
+        "position:embedding",
+        "layer.0.norm:layer_norm",
+        "layer.0.mlp.norm:layer_norm",
+        "layer.0.attention:attention",
+    }
+    for prediction in plan.predictions:
+        if prediction.pinned:
+            assert plan.placement(prediction.node).placement == "engine-float"
+            decision = next(d for d in plan.decisions if d.subject == prediction.node)
+            assert decision.author.kind == "pass"
+            assert decision.author.id.startswith("pin-")
+
+
+# ---------------------------------------------------------------- pin-small-embeddings
+
+
+def embeddings(rows: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(rows, 64), nn.Linear(64, 4))
+
+
+SMALL, LARGE = 2**14 - 1, 2**14  # rows of 256 bytes: 4 MiB is the border
+
+
+@pytest.mark.parametrize(("rows", "pinned"), [(SMALL, True), (LARGE, False)])
+def test_a_table_below_the_border_is_pinned(rows: int, pinned: bool) -> None:
+    graph = qg.capture(embeddings(rows), tokens(2, 5))
+    pins = stated("pin-small-embeddings", qg.canonicalize(graph))
+    assert [str(p.ports[0]) for p in pins] == (["0:embedding.out"] if pinned else [])
+    assert qg.plan(graph).placement("0:embedding").placement == ("engine-float" if pinned else "int8")
+
+
+def test_the_border_is_an_option() -> None:
+    graph = canonical("encoder")
+    assert len(stated("pin-small-embeddings", graph)) == 2
+    assert [str(p.ports[0]) for p in stated("pin-small-embeddings{min_bytes=8000}", graph)] == ["token:embedding.out"]
+
+
+def test_a_recipe_line_that_names_the_node_lifts_the_pin_and_a_glob_does_not() -> None:
+    def placement(selector: str) -> str:
+        recipe = Recipe(override=(Override(select=selector, place="int8"),))
+        return qg.plan(captured("encoder"), recipe=recipe).placement("token:embedding").placement
+
+    assert placement("token:embedding") == "int8"
+    assert placement("token:*") == "engine-float"
+
+
+def test_a_pin_is_not_lifted_to_what_the_target_cannot_do() -> None:
+    recipe = Recipe(override=(Override(select="norm:layer_norm", place="int8"),))
+    with pytest.raises(PlanError, match="QG305: 'norm:layer_norm' cannot be int8 on ort-cpu"):
+        qg.plan(captured("mlp"), recipe=recipe)
+
+
+# ---------------------------------------------------------------- share-through-shape-ops
+
+
+class Through(nn.Module):
+    """Two linears with a reshape and a transpose between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).reshape(2, 2, 2).transpose(0, 1))
+        return y
+
+
+@pytest.fixture(scope="module")
+def through() -> Graph:
+    return qg.capture(Through(), X)
+
+
+def test_one_wish_for_each_operation_that_moves_elements(through: Graph) -> None:
+    wishes = stated("share-through-shape-ops", qg.canonicalize(through))
+    assert [tuple(map(str, w.ports)) for w in wishes] == [
+        ("a:linear.out", "Through:reshape.out"),
+        ("Through:reshape.out", "Through:transpose.out"),
+    ]
+    assert wishes[0].kind == "share"
+    assert wishes[0].why == "'Through:reshape' only moves the elements of 'a:linear'"
+
+
+def test_where_elements_only_move_one_grid_stands(through: Graph) -> None:
+    plan = qg.plan(through, TOY_NPU)
+    (shared,) = [q for q in plan.quantizers if len(q.values) > 1]
+    assert shared.values == ("a:linear", "Through:transpose")
+    assert set(map(str, shared.ports)) == {"a:linear.out", "b:linear.x"}
+    decision = next(d for d in plan.decisions if d.subject == shared.name)
+    assert "pass share-through-shape-ops" in decision.why
+
+
+def test_a_product_does_not_share() -> None:
+    assert stated("share-through-shape-ops", qg.canonicalize(of(lambda x: torch.relu(x) * 2.0))) == []
+
+
+# ---------------------------------------------------------------- derive-bias
+
+
+def test_the_bias_of_a_linear_lies_on_the_grid_of_its_accumulator() -> None:
+    constraints = stated("derive-bias", canonical("mlp"))
+    assert [tuple(map(str, c.ports)) for c in constraints] == [
+        (f"{n}.bias", f"{n}.x", f"{n}.weight") for n in ("up:linear", "down:linear")
+    ]
+    plan = qg.plan(captured("mlp"))
+    derived = {q.name: q.derived_from for q in plan.quantizers if q.derived_from}
+    assert derived == {f"{n}.bias": (f"{n}.x", f"{n}.weight") for n in ("up:linear", "down:linear")}
+    assert {str(q.spec) for q in plan.quantizers if q.derived_from} == {"s32 symmetric per-channel(0) derived"}
+
+
+def test_a_linear_without_a_bias_derives_none() -> None:
+    assert stated("derive-bias", canonical("tied")) == []
+
+
+def test_a_row_that_wants_a_float_bias_ignores_it() -> None:
+    assert len(stated("derive-bias", canonical("encoder"))) == 6
+    assert [q for q in qg.plan(captured("encoder")).quantizers if q.derived_from] == []
+
+
+# ---------------------------------------------------------------- insert-quantizers
+
+
+def prepared(name: str, target: str = "ort-cpu") -> Graph:
+    return Graph.of(qg.prepare(captured(name), qg.plan(captured(name), target)))
+
+
+def test_a_module_for_each_quantizer_on_every_value() -> None:
+    graph = prepared("mlp")
+    have = lines(graph)
+    assert "up:fake_quantize = fake_quantize(norm:layer_norm)" in have
+    assert "up:fake_quantize#2 = fake_quantize('up.weight')" in have
+    assert "up:linear = linear(up:fake_quantize, up:fake_quantize#2, 'up.bias')" in have
+    calls = [n for n in graph.module.graph.nodes if n.op == "call_module" and record(n).kind == "fake_quantize"]
+    assert len({n.target for n in calls}) == len([q for q in qg.plan(captured("mlp")).quantizers if not q.derived_from])
+
+
+def test_quantizers_live_at_the_users_modules() -> None:
+    paths = [str(n.target) for n in prepared("encoder").module.graph.nodes if n.op == "call_module"]
+    assert "layer.0.attention.out.%3Alinear%2Ex" in paths
+    assert "layer.0.attention.out.%3Alinear%2Eweight" in paths
+
+
+def test_readers_of_one_value_share_one_quantizer() -> None:
+    graph = prepared("encoder")
+    inputs = {graph.node(f"layer.0.attention.{n}:linear").args[0] for n in ("query", "key", "value")}
+    assert len(inputs) == 1
+
+
+def test_a_shared_grid_is_one_module_on_both_values(through: Graph) -> None:
+    graph = Graph.of(qg.prepare(through, qg.plan(through, TOY_NPU)))
+    paths = [str(n.target) for n in graph.module.graph.nodes if n.op == "call_module"]
+    assert len(paths) - len(set(paths)) == 1
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", TOY_NPU])
+@pytest.mark.parametrize("name", ZOO)
+def test_until_calibration_nothing_changes(name: str, target: str) -> None:
+    batch = ZOO[name].inputs(1)
+    assert torch.equal(prepared(name, target).run(batch), canonical(name).run(batch))
+
+
+def test_the_pass_takes_and_leaves_its_stages() -> None:
+    plan = qg.plan(captured("mlp"))
+    graph = PassManager([InsertQuantizers(plan)], leaves=Stage.PREPARED).run(canonical("mlp"))
+    assert graph.stage is Stage.PREPARED
+    assert InsertQuantizers.stage is Stage.CANONICAL
+    assert canonical("mlp").stage is Stage.CANONICAL
