@@ -50,7 +50,7 @@ def to_onnx(graph: Graph, plan: Plan, opset: int, metadata: dict[str, str]) -> b
     _own_constants(model)
     common.RemoveUnusedNodesPass()(model)
     _strip(model)
-    from qatgraph import __version__
+    from qatgraph.version import __version__
 
     model.producer_name, model.producer_version = "qatgraph", __version__
     model.metadata_props.update(metadata)

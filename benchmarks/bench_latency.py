@@ -13,13 +13,12 @@ import onnxruntime as ort
 from common import publish
 from onnxruntime.quantization import quantize_dynamic
 
-from qatgraph import api
 from qatgraph.backends import ort_cpu
 from qatgraph.job import load_job
-from qatgraph.planning.recipe import Override, Recipe
+from qatgraph.latency import export_float, lower_float
 from qatgraph.proof import feed_of
 from qatgraph.report.machine import has_vnni
-from qatgraph.runner import export_float, set_up
+from qatgraph.runner import set_up
 
 JOB, ARTIFACT = Path("examples/jobs/minilm.toml"), Path("build/minilm/minilm.onnx")
 
@@ -36,14 +35,12 @@ def without_skip_layer_norm(file: Path, **config: str) -> Any:
 
 def main() -> None:
     setup = set_up(load_job(JOB), JOB, 0)
-    everything = Recipe(name="float", override=(Override(select="*", place="float"),))
-    same = api.prepare(setup.graph, api.plan(setup.graph, recipe=everything))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stock, dynamic, own = folder / "stock.onnx", folder / "dynamic.onnx", folder / "own.onnx"
-        export_float(setup, stock)
+        export_float(setup.model, setup.graph, stock)
         quantize_dynamic(stock, dynamic, per_channel=True)
-        api.lower(same, own)
+        lower_float(setup.graph, own)
         sessions = {
             "engine": ort_cpu.session(ARTIFACT.read_bytes(), threads=1),
             "float": ort_cpu.session(str(stock), threads=1),

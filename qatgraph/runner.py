@@ -17,10 +17,10 @@ from qatgraph import api, fidelity
 from qatgraph.errors import JobError, PlanError
 from qatgraph.ir.graph import Graph
 from qatgraph.job import Job, JobData, factory, load_job, output_folder, write_json
+from qatgraph.latency import measure
 from qatgraph.planning.plan import Plan
-from qatgraph.planning.recipe import Override, Recipe
 from qatgraph.planning.target import load_target
-from qatgraph.proof import feed_of, model_run, score
+from qatgraph.proof import model_run, score
 from qatgraph.report.machine import isa, versions
 from qatgraph.report.report import Report
 from qatgraph.rewriting.passes import Pass
@@ -111,7 +111,7 @@ def _one_seed(
     data = setup.data
     clock = time.perf_counter()
     planned = plan or make_plan(job, path, setup, passes)
-    backend = api.load_backend(planned)
+    api.load_backend(planned)  # a target without one is refused before the work
     qat = api.prepare(setup.graph, planned, passes=passes)
     stages = time.perf_counter() - clock
     say(f"{label}plan: {len(planned.int8_nodes())} int8 operations ({planned.hash()[:12]})")
@@ -137,7 +137,7 @@ def _one_seed(
     if first:
         save_state(qat, scratch / "qat.safetensors")
         (scratch / "plan.json").write_text(planned.to_json(), encoding="utf-8")
-        report.latency = measure_latency(backend, setup, file.read_bytes(), scratch)
+        report.latency = measure(setup.model, setup.graph, file, data.latency)
     else:
         file.unlink()
     return report, data.facts
@@ -168,56 +168,6 @@ def load_state(qat: torch.nn.Module, path: Path) -> None:
             "QG308", "the trained state does not fit the plan", where=path.name, why=str(error).splitlines()[0],
             todo="run the job again",
         ) from error  # fmt: skip
-
-
-def measure_latency(backend: Any, setup: Setup, model: bytes, scratch: Path) -> dict[str, Any]:
-    """Median milliseconds of the artifact and two float files, interleaved, one thread, default session options."""
-    everything = Override(select="*", place="float", why="the float file that the artifact is compared with")
-    prepared = api.prepare(
-        setup.graph, plan := api.plan(setup.graph, recipe=Recipe(name="float", override=(everything,)))
-    )
-    for module in prepared.modules():
-        module.eval()
-    own, stock = scratch / ".float.onnx", scratch / ".stock.onnx"
-    api.lower(prepared, own)
-    export_float(setup, stock)
-    files = {"engine_ms": model, "float_ms": str(stock), "float_same_options_ms": own.read_bytes()}
-    sessions = {name: backend.session(file, threads=1) for name, file in files.items()}
-    times = backend.median_latencies(sessions, feed_of(setup.graph, setup.data.latency))
-    for file in scratch.glob(".stock.onnx*"):
-        file.unlink()
-    own.unlink()
-    return {
-        "isa": isa(),
-        **times,
-        "ratio": times["float_ms"] / times["engine_ms"],
-        "ratio_same_options": times["float_same_options_ms"] / times["engine_ms"],
-        "batch": {n: list(a.shape) for n, a in feed_of(setup.graph, setup.data.latency).items()},
-        "how": "medians of 15 interleaved runs in one process, one thread, ORT default options; float_ms: "
-        "torch.onnx.export(dynamo=True, opset_version=20) with its defaults; float_same_options_ms: the float model "
-        f"lowered as the artifact is ({plan.target})",
-    }
-
-
-def export_float(setup: Setup, path: Path) -> None:
-    """The user's float model by torch's exporter with default options, opset 20."""
-    from qatgraph.backends.qdq_onnx import quiet
-    from qatgraph.ir.graph import export_shapes
-
-    info = setup.graph.info
-    shapes = export_shapes(setup.model, info.args, info.kwargs, info.dims)
-    mode = setup.model.training
-    setup.model.eval()
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                setup.model, info.args, kwargs=info.kwargs, dynamo=True, opset_version=20, dynamic_shapes=shapes,
-                input_names=list(info.inputs), verbose=False,
-            )  # fmt: skip
-        assert program is not None
-        program.save(str(path))
-    finally:
-        setup.model.train(mode)
 
 
 def _mean_over_seeds(reports: Sequence[Report], seeds: Sequence[int]) -> Report:

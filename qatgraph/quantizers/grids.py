@@ -21,7 +21,8 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[
     if spec.scheme is Scheme.SYMMETRIC:
         scale = torch.maximum(-low, high) / spec.qmax
     else:
-        scale = (high - low) / (spec.qmax - spec.qmin)
+        span = high.double() - low.double()  # float32 would overflow where both ends are huge
+        scale = (span / (spec.qmax - spec.qmin)).to(low.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
     if spec.scale is ScaleRule.POWER_OF_TWO:
         scale = power_of_two(scale)
@@ -42,18 +43,19 @@ def weight_scale(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     top = flat.abs().amax(dim=dims)
     scale = top / spec.qmax
     if spec.scale is ScaleRule.PAIR_SAFE:
-        scale = torch.maximum(scale, pair_peak(flat).amax(dim=dims) / PAIR_LIMIT * _HEAD_ROOM)
+        scale = torch.maximum(scale, pair_share(flat).amax(dim=dims) * _HEAD_ROOM)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
     return power_of_two(scale) if spec.scale is ScaleRule.POWER_OF_TWO else scale
 
 
-def pair_peak(weight: torch.Tensor) -> torch.Tensor:
-    """``|w[2k]| + |w[2k+1]|`` where both have one sign, else 0; an odd last column pairs with nothing."""
+def pair_share(weight: torch.Tensor) -> torch.Tensor:
+    """``(|w[2k]| + |w[2k+1]|) / 128`` where both have one sign, else 0; an odd last column pairs with nothing."""
     even = weight.shape[-1] // 2 * 2
     a, b = weight[..., 0:even:2], weight[..., 1:even:2]
     if even == 0:
         return torch.zeros(*weight.shape[:-1], 1, dtype=weight.dtype, device=weight.device)
-    return torch.where(a.sign() * b.sign() > 0, a.abs() + b.abs(), torch.zeros_like(a))
+    share = a.abs() / PAIR_LIMIT + b.abs() / PAIR_LIMIT  # divided first: the sum of two huge weights is infinite
+    return torch.where(a.sign() * b.sign() > 0, share, torch.zeros_like(a))
 
 
 def power_of_two(scale: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qatgraph.quantizers.grids import range_grid
@@ -42,48 +44,51 @@ class MovingAverage(MinMax):
     """The exponential average of each batch's range: ``new = 0.9 old + 0.1 batch`` (Jacob et al., arXiv:1712.05877)."""
 
     def observe(self, x: torch.Tensor) -> None:
+        first = self.low > self.high  # nothing seen yet
         for bound, value in ((self.low, x.min()), (self.high, x.max())):
-            bound.copy_(torch.where(torch.isinf(bound), value, 0.9 * bound + 0.1 * value))
+            bound.copy_(torch.where(first, value, 0.9 * bound + 0.1 * value))
 
 
-class MSE(Observer):
+class MSE(MinMax):
     """The range whose grid has the least squared error on a histogram.
 
-    Counts lie in ``2 * BINS`` equal bins over ``[-reach, reach]``; a value outside doubles the reach and merges
-    neighbouring bins, which is exact. The search goes over both ends: first coarse, then around the best.
+    Counts lie in ``2 * BINS`` equal bins over ``[-reach, reach)``, where the reach is a power of two; a value outside
+    doubles the reach and merges neighbouring bins, which is exact. Zeros are not counted: they lie on every grid.
+    The search goes over both ends: first coarse, then around the best.
     """
 
     BINS = 4096
+    CHUNK = 2**22  # values binned at a time
     counts: torch.Tensor
     reach: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(2 * self.BINS, dtype=torch.float64))
-        self.register_buffer("reach", torch.tensor(0.0))
-        self.register_buffer("low", torch.tensor(float("inf")))
-        self.register_buffer("high", torch.tensor(float("-inf")))
+        self.register_buffer("reach", torch.tensor(0.0, dtype=torch.float64))  # up to 2**128
 
     def observe(self, x: torch.Tensor) -> None:
-        self.low.copy_(torch.minimum(self.low, x.min()))
-        self.high.copy_(torch.maximum(self.high, x.max()))
+        super().observe(x)
         top = float(x.abs().max())
-        if top == 0.0:
+        if top == 0.0 or not math.isfinite(top):
             return
-        reach = float(self.reach) or 2.0 ** torch.tensor(top).log2().ceil().item()
-        while reach < top:
+        self._widen(2.0 ** math.frexp(top)[1])
+        width = float(self.reach) / self.BINS
+        for part in torch.split(x.flatten(), self.CHUNK):
+            bins = (part[part != 0].double() / width).floor_().long() + self.BINS
+            self.counts.add_(torch.bincount(bins, minlength=2 * self.BINS))
+
+    def _widen(self, needed: float) -> None:
+        reach = float(self.reach) or needed
+        while reach < needed:
             halves = torch.zeros_like(self.counts)
             halves[self.BINS // 2 : self.BINS // 2 + self.BINS] = self.counts.reshape(-1, 2).sum(1)
             self.counts.copy_(halves)
             reach *= 2
         self.reach.fill_(reach)
-        found = torch.histc(x.detach().float().cpu(), 2 * self.BINS, -reach, reach)
-        self.counts.add_(found.to(self.counts))
 
     def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        if float(self.reach) == 0.0:
+        if float(self.reach) == 0.0 or not bool(torch.isfinite(self.low) & torch.isfinite(self.high)):
             return self.low, self.high
         width = float(self.reach) / self.BINS
         centers = (torch.arange(2 * self.BINS, dtype=torch.float64) - self.BINS + 0.5) * width
