@@ -40,5 +40,5 @@ class FoldAddmm(RewritePass):
         node = match["addmm"]
         weight = edit.graph.parameter(match["weight"])
         assert weight is not None
-        folded = edit.parameter(f"{match['weight'].target}/folded", weight.detach().t().contiguous(), at=node)
+        folded = edit.parameter(f"{match['weight'].target}/folded", weight.t(), at=node)
         edit.replace(node, edit.call("linear", match["x"], folded, match["bias"], at=node))

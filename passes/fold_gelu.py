@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import RewritePass, within
-from qatgraph.rewriting.pattern import Any, Match, Number, Op
+from qatgraph.rewriting.pattern import Any, Match, Number, Op, Refusal
 
 _ERF = Op("erf", Op("div", Any("x"), Number(math.sqrt(2))))
 
@@ -20,14 +20,17 @@ class FoldGelu(RewritePass):
     What: ``x * 0.5 * (1 + erf(x / sqrt(2)))`` becomes ``gelu(x)`` (Hendrycks and Gimpel, arXiv:1606.08415).
     Why: engines have one kernel for it, and quantizers must not stand inside.
     Before and after: div, erf, add, mul, mul become one node.
-    Refuses: nothing; other spellings do not match.
+    Refuses: a sum with an ``alpha``; other spellings do not match.
     Numerics: within 1e-6 (the constant sqrt(2) is rounded to float32 in some models).
     """
 
     name = "fold-gelu"
     stage = Stage.CAPTURED
     numerics = within(1e-6)
-    pattern = Op("mul", Op("mul", Any("x"), Number(0.5)), Op("add", _ERF, Number(1.0)), name="out")
+    pattern = Op("mul", Op("mul", Any("x"), Number(0.5)), Op("add", _ERF, Number(1.0), name="sum"), name="out")
+
+    def check(self, match: Match) -> Refusal | None:
+        return match.refuse("the sum scales its operand (alpha)") if match["sum"].kwargs else None
 
     def rewrite(self, match: Match, edit: Edit) -> None:
         edit.replace(match["out"], edit.call("gelu", match["x"], at=match["out"]))

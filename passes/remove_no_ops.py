@@ -14,7 +14,8 @@ from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import GraphPass, same
 from qatgraph.rewriting.pattern import Refusal
 
-IDENTITIES = frozenset({"lift_fresh_copy", "detach", "alias", "contiguous", "clone"})
+COPIES = frozenset({"lift_fresh_copy", "contiguous", "clone"})
+IDENTITIES = COPIES | {"detach", "detach_", "alias"}
 SAME_IF_EQUAL_TYPE = frozenset({"cast", "expand", "reshape", "slice"})
 
 
@@ -26,7 +27,7 @@ class RemoveNoOps(GraphPass):
         same shape, copies of values that nobody writes; then dead nodes (an unused pooler).
     Why: they hide patterns and would each become a node of the artifact.
     Before and after: ``x -> to(float32) -> linear`` becomes ``x -> linear``.
-    Refuses: nothing; an operation that might change something stays.
+    Refuses: nothing; an operation that might change something stays; a copy stays where the model writes in place.
     Numerics: same.
     """
 
@@ -35,14 +36,23 @@ class RemoveNoOps(GraphPass):
     numerics = same
 
     def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+        written = any(_writes(node) for node in graph.nodes)
         for node in graph.nodes:
             kind = record(node).kind
+            if written and kind in COPIES:
+                continue
             if kind == "assert_tensor_metadata":
                 edit.erase(node)
             elif node.args and isinstance(node.args[0], fx.Node) and _changes_nothing(kind, node, node.args[0]):
                 edit.bypass(node, node.args[0])
         graph.module.graph.eliminate_dead_code()
         return []
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the operation writes into its input, as ``relu_`` does."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and record(node).kind not in IDENTITIES
 
 
 def _changes_nothing(kind: str, node: fx.Node, source: fx.Node) -> bool:

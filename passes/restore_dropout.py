@@ -11,7 +11,7 @@ from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import RewritePass, same
-from qatgraph.rewriting.pattern import Any, Match, Number, Op
+from qatgraph.rewriting.pattern import Any, Match, Number, Op, Refusal
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class RestoreDropout(RewritePass):
     What: ``aten.dropout(x, p, False)`` becomes a call of ``nn.Dropout(p)`` at the user's module path.
     Why: capture runs in eval; the operator carries the mode as a constant, the module does not.
     Before and after: ``dropout(x, 0.1, False)`` becomes ``encoder.dropout(x)``.
-    Refuses: nothing. Dropout inside scaled_dot_product_attention is not in the graph: capture notes it.
+    Refuses: dropout that also runs in evaluation mode. That of scaled_dot_product_attention is not in the graph:
+        capture notes it.
     Numerics: same (in eval).
     """
 
@@ -29,6 +30,9 @@ class RestoreDropout(RewritePass):
     stage = Stage.CAPTURED
     numerics = same
     pattern = Op("dropout", Any("x"), Number(None), name="dropout")
+
+    def check(self, match: Match) -> Refusal | None:
+        return match.refuse("it drops in evaluation mode too") if match["dropout"].args[2] else None
 
     def rewrite(self, match: Match, edit: Edit) -> None:
         node = match["dropout"]

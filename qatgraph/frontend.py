@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -129,30 +131,38 @@ def _dimensions(wanted: DynamicShapes, names: tuple[str, ...], batch: Any) -> tu
     infos: list[DimInfo] = []
     for name, axes in wanted.items():
         if name not in names:
-            raise CaptureError(
-                "QG105",
-                f"dynamic_shapes names an input '{name}' that the model was not given",
-                where="dynamic_shapes",
-                why=f"the inputs are {', '.join(names)}",
-                todo="use one of these names",
-            )
+            what = f"dynamic_shapes names an input '{name}' that the model was not given"
+            raise _bad_shapes(what, f"the inputs are {', '.join(names)}", "use one of these names")
         leaf = names.index(name)
+        if not isinstance(leaves[leaf], torch.Tensor):
+            raise _bad_shapes(f"'{name}' has no axes", f"it is a {type(leaves[leaf]).__name__}", "name tensors only")
+        if not isinstance(axes, Mapping):
+            raise _bad_shapes(f"the axes of '{name}' are not a dict", f"they are {axes!r}", "write {0: 'batch'}")
         for axis, dim in axes.items():
             if not 0 <= axis < leaves[leaf].ndim:
-                raise CaptureError(
-                    "QG105",
-                    f"axis {axis} of '{name}' does not exist",
-                    where="dynamic_shapes",
-                    why=f"'{name}' has rank {leaves[leaf].ndim}",
-                    todo="count axes from 0",
-                )
-            symbol = Dim(dim) if isinstance(dim, str) else dim
-            low, high = getattr(symbol, "min", 0), getattr(symbol, "max", None)
-            bounded = isinstance(high, int) and high < 2**31
-            own = DimInfo(leaf, axis, symbol.__name__, int(low or 0), high if bounded else None)
+                what = f"axis {axis} of '{name}' does not exist"
+                raise _bad_shapes(what, f"'{name}' has rank {leaves[leaf].ndim}", "count axes from 0")
+            own = _dimension(leaf, axis, dim, name)
             first = shared.setdefault(own.name, own)
             infos.append(replace(first, leaf=leaf, axis=axis))
     return tuple(infos)
+
+
+def _dimension(leaf: int, axis: int, dim: Any, name: str) -> DimInfo:
+    if isinstance(dim, str):
+        if not dim.isidentifier():
+            raise _bad_shapes(f"'{dim}' cannot name axis {axis} of '{name}'", "it is not an identifier", "use letters")
+        return DimInfo(leaf, axis, dim, 0, None)
+    if not isinstance(dim, Dim):
+        what = f"axis {axis} of '{name}' is given as {dim!r}"
+        raise _bad_shapes(what, "a moving axis has a name", "give a name or a torch.export.Dim; leave fixed axes out")
+    low, high = getattr(dim, "min", 0), getattr(dim, "max", None)
+    bounded = isinstance(high, int) and high < 2**31
+    return DimInfo(leaf, axis, dim.__name__, int(low or 0), high if bounded else None)
+
+
+def _bad_shapes(what: str, why: str, todo: str) -> CaptureError:
+    return CaptureError("QG105", what, where="dynamic_shapes", why=why, todo=todo)
 
 
 def _avoid_ones(batch: Any, dims: tuple[DimInfo, ...]) -> Any:
@@ -161,6 +171,15 @@ def _avoid_ones(batch: Any, dims: tuple[DimInfo, ...]) -> Any:
     for dim in dims:
         if leaves[dim.leaf].shape[dim.axis] == 1:
             leaves[dim.leaf] = torch.cat([leaves[dim.leaf]] * 2, dim=dim.axis)
+        size = leaves[dim.leaf].shape[dim.axis]
+        if size < dim.low or (dim.high is not None and size > dim.high):
+            raise CaptureError(
+                "QG104",
+                "a dynamic dimension does not hold for the example inputs",
+                where=f"'{dim.name}', axis {dim.axis}",
+                why=f"the example has size {size}, the bounds are {dim.low} to {dim.high}",
+                todo="give an example within the bounds (not of size 1), or widen them",
+            )
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -210,10 +229,12 @@ def _explain(error: Exception, model: torch.nn.Module) -> CaptureError:
 
 
 def _user_line(error: BaseException) -> str:
-    """The innermost line of the traceback that is the user's own code."""
+    """The innermost line of the traceback that is neither ours, nor torch's, nor of the standard library."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    standard, installed = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(ours) and Path(frame.filename).exists():
+        library = frame.filename.startswith(standard) and not frame.filename.startswith(installed)
+        if not library and not frame.filename.startswith(ours) and Path(frame.filename).exists():
             code = linecache.getline(frame.filename, frame.lineno or 0).strip()
             return f"{Path(frame.filename).name}:{frame.lineno}: {code}"
     return "the call of capture"
@@ -232,6 +253,8 @@ def _own(
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             traced.graph.erase_node(node)
+        elif node.op == "get_attr" and not node.users:
+            traced.graph.erase_node(node)  # a second name of a tied parameter
         elif node.op == "get_attr":
             path = str(node.target)
             source = users.get(path, originals.get(path, _attribute(traced, path)))
@@ -240,8 +263,21 @@ def _own(
             else:
                 attributes[path] = source
         elif node.op == "call_function":
+            if isinstance(node.target, HigherOrderOperator):
+                raise _nested(node, type(model).__name__)
             write(node, _record(node, namer, type(model).__name__))
     return fx.GraphModule(attributes, traced.graph, class_name=type(model).__name__)
+
+
+def _nested(node: fx.Node, root: str) -> CaptureError:
+    lines = (_source(user) for user in [node, *node.users])
+    return CaptureError(
+        "QG102",
+        f"torch.export cannot capture {root} as one graph",
+        where=next((line for line in lines if line), root),
+        why=f"it puts a block into a graph of its own ({node.target})",
+        todo="remove the torch.no_grad() or control-flow block from forward()",
+    )
 
 
 def _attribute(owner: Any, path: str) -> Any:
@@ -286,19 +322,27 @@ def _source(node: fx.Node) -> str:
 def _output_names(program: ExportedProgram, wanted: tuple[str, ...] | None, inputs: tuple[str, ...]) -> tuple[str, ...]:
     spec = program.call_spec.out_spec
     count = spec.num_leaves
-    if wanted is not None:
-        if len(wanted) != count or len({*wanted, *inputs}) != count + len(inputs):
-            raise CaptureError(
-                "QG105",
-                f"{len(wanted)} output names for {count} outputs",
-                where=f"output_names={wanted}",
-                why=f"inputs are {', '.join(inputs)}",
-                todo="give each output one name of its own",
-            )
-        return tuple(wanted)
-    tree = pytree.tree_unflatten(list(range(count)), spec)
-    paths = ["_".join(_key(k) for k in path) for path, _ in pytree.tree_leaves_with_path(tree)]
-    return tuple("output" if not p else (f"output_{p}" if p.isdigit() else p) for p in paths)
+    if wanted is None:
+        tree = pytree.tree_unflatten(list(range(count)), spec)
+        paths = ["_".join(_key(k) for k in path) for path, _ in pytree.tree_leaves_with_path(tree)]
+        return tuple(_output_name(path, inputs) for path in paths)
+    taken = [n for i, n in enumerate(wanted) if n in inputs or n in wanted[:i]]
+    if taken or len(wanted) != count:
+        raise CaptureError(
+            "QG105",
+            f"the output name '{taken[0]}' is taken" if taken else f"{len(wanted)} output names for {count} outputs",
+            where=f"output_names={wanted}",
+            why=f"inputs are {', '.join(inputs)}",
+            todo="give each output one name of its own",
+        )
+    return tuple(wanted)
+
+
+def _output_name(path: str, inputs: tuple[str, ...]) -> str:
+    """The keys that lead to an output; ``output`` in front where they are no name, or that of an input."""
+    if path and not path[0].isdigit() and path not in inputs:
+        return path
+    return f"output_{path}" if path else "output"
 
 
 def _lost_dropout(model: torch.nn.Module, module: fx.GraphModule) -> list[str]:
@@ -310,7 +354,7 @@ def _lost_dropout(model: torch.nn.Module, module: fx.GraphModule) -> list[str]:
         path = record(node).module
         owner = model.get_submodule(path)
         rates = [m.p for m in owner.children() if isinstance(m, torch.nn.Dropout)]
-        rates += [p] if isinstance(p := getattr(owner, "dropout", None), float) else []
+        rates += [v for k, v in vars(owner).items() if "drop" in k and isinstance(v, float)]
         if max(rates, default=0.0) > 0:
             lost.setdefault(max(rates), []).append(path)
     return [

@@ -77,7 +77,7 @@ def kind_of_target(target: str) -> str:
     known = BY_TARGET.get(target)
     if known is not None:
         return known.name
-    return target.removeprefix("aten.").split(".")[0].strip("_") or target
+    return target.removeprefix("aten.").split(".")[0].lstrip("_") or target  # relu_ writes its input: not relu
 
 
 def roles_of(kind: str) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,14 +122,33 @@ class Graph:
         args, kwargs = bind(batch)
         return self.module(*args, **kwargs)
 
+    def leaves(self, batch: Batch, where: str) -> list[Any]:
+        """The leaves of a batch in the order of ``info.inputs``, however it spells its arguments.
+
+        Raises:
+            CaptureError: QG110 other arguments than the captured ones.
+        """
+        args, kwargs = bind(batch)
+        count, expected = (len(pytree.tree_leaves(b)) for b in ((args, kwargs), (self.info.args, self.info.kwargs)))
+        if count != expected:
+            raise _bad_batch(where, f"{count} inputs, the model was captured with {expected}")
+        names = list(inspect.signature(self.module.forward).parameters)[: len(self.info.args)]
+        given = {**dict(zip([*names, *self.info.kwargs], args, strict=False)), **kwargs}
+        if set(given) != {*names, *self.info.kwargs}:
+            have, need = ", ".join(sorted(given)), ", ".join([*names, *self.info.kwargs])
+            raise _bad_batch(where, f"its arguments are {have}, the model was captured with {need}")
+        ordered = tuple(given[n] for n in names), {n: given[n] for n in self.info.kwargs}
+        leaves, spec = pytree.tree_flatten(ordered)
+        if spec != pytree.tree_structure((self.info.args, self.info.kwargs)):
+            raise _bad_batch(where, "its containers are nested in another way than the captured ones")
+        return leaves
+
     def check_batch(self, batch: Batch, where: str) -> None:
         """Refuse a batch whose leaves differ in number, dtype, rank or fixed sizes from the captured ones."""
         expected = pytree.tree_leaves((self.info.args, self.info.kwargs))
-        leaves = pytree.tree_leaves(bind(batch))
-        if len(leaves) != len(expected):
-            raise _bad_batch(where, f"{len(leaves)} inputs, the model was captured with {len(expected)}")
         moving = {(d.leaf, d.axis): d for d in self.info.dims}
-        for i, (leaf, want) in enumerate(zip(leaves, expected, strict=True)):
+        sizes: dict[str, int] = {}
+        for i, (leaf, want) in enumerate(zip(self.leaves(batch, where), expected, strict=True)):
             if not isinstance(want, torch.Tensor):
                 continue
             at = f"{where}, input '{self.info.inputs[i]}'"
@@ -139,13 +159,16 @@ class Graph:
             if leaf.ndim != want.ndim:
                 raise _bad_batch(at, f"rank {leaf.ndim}, captured with rank {want.ndim}")
             for axis, (have, need) in enumerate(zip(leaf.shape, want.shape, strict=True)):
-                dim = moving.get((i, axis))
-                if dim is None and have != need:
-                    raise _bad_batch(at, f"size {have} on axis {axis}, which is fixed at {need}")
-                if dim is not None and dim.high is not None and have > dim.high:
-                    raise _bad_batch(at, f"'{dim.name}' is {have}, at most {dim.high} was captured")
+                problem = _misfit(moving.get((i, axis)), axis, have, need, sizes)
+                if problem:
+                    raise _bad_batch(at, problem)
             if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise _bad_batch(at, "it contains NaN or infinity")
+
+    def size_names(self) -> dict[str, str]:
+        """The user's name of each symbol of a dynamic size (``s77`` -> ``batch``)."""
+        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        return {str(value_of(placeholders[d.leaf]).shape[d.axis]): d.name for d in self.info.dims}
 
     def structural_hash(self) -> str:
         """SHA-256 of operations, links, constants and shapes; names and values do not enter."""
@@ -194,6 +217,24 @@ def export_shapes(
     for_args, for_kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((args, kwargs)))
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     return {**dict(zip(names, for_args, strict=True)), **for_kwargs}
+
+
+def _misfit(dim: DimInfo | None, axis: int, have: int, need: int, sizes: dict[str, int]) -> str:
+    """Why the size of one axis does not fit; ``sizes`` collects those of the named dimensions."""
+    if dim is None:
+        return "" if have == need else f"size {have} on axis {axis}, which is fixed at {need}"
+    if dim.high is not None and have > dim.high:
+        return f"'{dim.name}' is {have}, at most {dim.high} was captured"
+    if have < max(dim.low, 1):
+        return f"'{dim.name}' is {have}, at least {max(dim.low, 1)} was captured"
+    if sizes.setdefault(dim.name, have) != have:
+        return f"'{dim.name}' is {have}, but {sizes[dim.name]} in another input"
+    return ""
+
+
+def size_text(size: Any, names: Mapping[str, str]) -> str:
+    """A size with the user's names: ``5*s77`` -> ``5*batch``."""
+    return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
 
 
 def symbol_free(size: Any) -> int | str:

@@ -7,19 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from qatgraph.ir.graph import Graph
+from qatgraph.ir.graph import Graph, size_text
 from qatgraph.ir.meta import has_record, record, value_of
 
 
 def graph_text(graph: Graph) -> str:
     info = graph.info
     lines = [f"graph {info.root} [{info.stage.value}] ({', '.join(info.inputs)}) -> ({', '.join(info.outputs)})"]
-    symbols: dict[str, str] = {}
-    for leaf, node in enumerate(n for n in graph.module.graph.nodes if n.op == "placeholder"):
-        value = value_of(node)
-        for dim in info.dims:
-            if dim.leaf == leaf and isinstance(value, torch.Tensor):
-                symbols[str(value.shape[dim.axis])] = dim.name
+    symbols = graph.size_names()
     for node in graph.module.graph.nodes:
         if has_record(node):
             lines.append(f"  {_label(node)} = {_call(node)} : {_type(node, symbols)}{_region(node)}")
@@ -54,7 +49,7 @@ def _type(node: fx.Node, symbols: dict[str, str]) -> str:
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return "scalar"
-    sizes = ", ".join(symbols.get(str(s), str(s)) for s in value.shape)
+    sizes = ", ".join(size_text(s, symbols) for s in value.shape)
     return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
 
 

@@ -44,7 +44,22 @@ def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
             if name in names:
                 raise _broken(author, stage, node, f"the name '{name}' is used twice")
             names.add(name)
-    gm.graph.lint()
+    _lint(gm, stage, author)
+
+
+def _lint(gm: fx.GraphModule, stage: Stage, author: str) -> None:
+    """fx's own check (order of definition and use, owners), as one of our errors."""
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise PassError(
+            "QG203",
+            f"the graph is not a valid '{stage.value}' graph after '{author}'",
+            where="the order of its nodes",
+            why=why,
+            todo=f"mend '{author}', or report it if it ships with qatgraph",
+        ) from error
 
 
 def _resolves(gm: fx.GraphModule, path: str) -> bool:

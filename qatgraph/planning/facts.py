@@ -80,13 +80,10 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     import torch
     from torch import fx
 
-    from qatgraph.ir.graph import arguments
+    from qatgraph.ir.graph import arguments, size_text
     from qatgraph.ir.meta import has_record, record, value_of
 
-    placeholders = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
-    symbols: dict[str, str] = {}
-    for dim in graph.info.dims:
-        symbols[str(value_of(placeholders[dim.leaf]).shape[dim.axis])] = dim.name
+    symbols = graph.size_names()
     storage: dict[int, str] = {}
     for node in graph.module.graph.nodes:
         tensor = graph.parameter(node)
@@ -96,7 +93,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
             return ()
-        return tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+        return tuple(s if isinstance(s, int) else size_text(s, symbols) for s in value.shape)
 
     def fact(node: fx.Node) -> NodeFact:
         inputs, parameters = [], []

@@ -51,9 +51,13 @@ class Edit:
         return node
 
     def parameter(self, path: str, tensor: torch.Tensor, at: fx.Node) -> fx.Node:
-        """A new parameter at ``path`` (a folded one is named ``…weight/folded``) and the node that reads it."""
+        """A new parameter at ``path`` (a folded one is named ``…weight/folded``) and the node that reads it.
+
+        It holds a copy of the values, and is frozen if what it was computed from is.
+        """
         holder, _, leaf = path.rpartition(".")
-        parameter = torch.nn.Parameter(tensor)
+        values = tensor.detach().clone(memory_format=torch.contiguous_format)
+        parameter = torch.nn.Parameter(values, requires_grad=tensor.requires_grad)
         self.graph.module.get_submodule(holder).register_parameter(leaf, parameter)
         with self.graph.module.graph.inserting_before(at):
             node = self.graph.module.graph.get_attr(path)

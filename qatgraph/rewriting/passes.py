@@ -85,25 +85,24 @@ class RewritePass(GraphPass):
     def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
         from qatgraph.rewriting.pattern import match
 
-        refusals: dict[fx.Node, Refusal] = {}
-        done: set[tuple[fx.Node, ...]] = set()
+        done: set[tuple[fx.Node, ...]] = set()  # an occurrence whose nodes only changed their record matches again
         for _ in range(self.budget):
+            refusals: list[Refusal] = []
             for node in graph.nodes:
                 found = match(self.pattern, node)
-                if found is None:
+                if found is None or (key := (node, *found.bound.values())) in done:
                     continue
-                key = (node, *found.bound.values())
-                if key in done:
-                    continue
-                done.add(key)
                 refusal = self.check(found)
                 if refusal is not None:
-                    refusals[node] = refusal
+                    refusals.append(refusal)
                     continue
+                done.add(key)
                 self.rewrite(found, edit)
                 break
             else:
-                return list(refusals.values())
+                if done:
+                    graph.module.graph.eliminate_dead_code()  # the inner operations of what was replaced
+                return refusals
         raise PassError(
             "QG204",
             f"'{self.name}' did not come to an end after {self.budget} rewrites",
@@ -131,6 +130,8 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest.removesuffix('}')})", mode="eval").body
         if not rest.endswith("}") or not isinstance(call, ast.Call):
             raise ValueError("missing }")
+        if call.args:
+            raise ValueError("an option has no name")
         return name, {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError) as error:
         raise PassError(

@@ -7,9 +7,12 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from qatgraph.errors import PassError, nearest
-from qatgraph.rewriting.passes import GraphPass, Pass, PlanningPass, RewritePass, parse_options
+from qatgraph.rewriting.passes import Pass, parse_options
 
 BUILTIN_PACKAGE = "qatgraph.passes"
 
@@ -40,10 +43,15 @@ def make_pass(text: str) -> Pass:
     name, options = parse_options(text)
     cls = pass_class(name)
     try:
+        hints = get_type_hints(cls)
+        for option, value in options.items():
+            if option in hints:
+                TypeAdapter(hints[option]).validate_python(value, strict=True)
         return cls(**options)
-    except TypeError as error:
+    except (TypeError, ValidationError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise PassError(
-            "QG202", f"'{name}' does not take these options", where=text, why=str(error), todo="see `qatgraph passes`"
+            "QG202", f"'{name}' does not take these options", where=text, why=why, todo="see `qatgraph passes`"
         ) from error
 
 
@@ -59,24 +67,27 @@ def passes_from_file(path: Path) -> list[Pass]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise PassError(
-            "QG205", f"the file of passes '{path.name}' does not import", where=str(path), why=repr(error)
-        ) from error
-    bases = {Pass, GraphPass, RewritePass, PlanningPass}
-    found = [
-        value()
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Pass) and value not in bases
-    ]
-    if not found:
-        raise PassError(
-            "QG205",
-            f"'{path.name}' defines no pass",
-            where=str(path),
-            why="no subclass of qatgraph.RewritePass or qatgraph.PlanningPass was found in it",
-            todo="see examples/custom_pass.py",
-        )
-    return found
+        raise _bad_file(path, f"the file of passes '{path.name}' does not import", repr(error)) from error
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == spec.name]
+    classes = [v for v in own if issubclass(v, Pass)]
+    if not classes:
+        why = "no subclass of qatgraph.RewritePass or qatgraph.PlanningPass was found in it"
+        raise _bad_file(path, f"'{path.name}' defines no pass", why)
+    return [_instance(cls, path) for cls in classes]
+
+
+def _instance(cls: type[Pass], path: Path) -> Pass:
+    what = f"the pass '{cls.__name__}' of '{path.name}' cannot be used"
+    if not isinstance(getattr(cls, "name", None), str):
+        raise _bad_file(path, what, "it has no name: write name = 'verb-noun' in its body")
+    try:
+        return cls()
+    except TypeError as error:
+        raise _bad_file(path, what, str(error)) from error
+
+
+def _bad_file(path: Path, what: str, why: str) -> PassError:
+    return PassError("QG205", what, where=str(path), why=why, todo="compare with examples/custom_pass.py")
 
 
 def parse_passes(texts: Sequence[str]) -> list[Pass]:
