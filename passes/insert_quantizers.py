@@ -80,5 +80,5 @@ def _on_argument(node: fx.Node, role: str, path: str, module: FakeQuantize, edit
     assert isinstance(source, fx.Node)
     if source.target == path:
         return
-    known = next((u for u in source.users if u.target == path), None)
+    known = next((u for u in source.users if u.target == path and u.args[0] is source), None)
     node.update_arg(index, known or edit.module(path, module, source, at=node, near=node))

@@ -134,7 +134,7 @@ def lower(qat: torch.nn.Module, path: str | Path) -> Path:
     from qatgraph.conversion import convert
     from qatgraph.ir.graph import Graph
 
-    prepared = Graph.of(qat)
+    prepared = Graph.prepared(qat)
     backend = load_backend(prepared.info.plan)
     data: bytes = backend.lower(convert(prepared), prepared.info.plan)
     backend.write(Path(path), data)
@@ -181,5 +181,5 @@ def verify(
     path = Path(artifact)
     if not path.is_file():
         raise VerifyError("QG604", f"there is no file '{path.name}'", where=str(path.parent), todo="lower first")
-    backend = load_backend(Graph.of(qat).info.plan)
+    backend = load_backend(Graph.prepared(qat).info.plan)
     return prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from urllib.parse import unquote
 
 import torch
 
@@ -15,7 +17,9 @@ from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuanti
 def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
     """Run batches through a prepared model, then fix every grid and switch the quantizers on.
 
-    Memory does not grow with the number of batches. Runs in evaluation mode and restores the mode.
+    Every call starts anew: it observes the float model (with its present weights), and what an earlier calibration saw
+    is forgotten. Memory does not grow with the number of batches. Runs in evaluation mode and restores the mode; after
+    an error the model is as it was.
 
     Args:
         qat: what ``qatgraph.prepare`` returned.
@@ -26,39 +30,61 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
         TrainError: QG701 no batch, QG702 NaN or infinity in an activation.
         CaptureError: QG110 a batch does not fit the captured model.
     """
-    graph = Graph.of(qat)
-    activations = {n: m for n, m in qat.named_modules() if isinstance(m, ActivationFakeQuantize)}
-    training, count = qat.training, 0
-    qat.eval()
-    try:
-        for module in activations.values():
-            module.observing = True
-        with torch.no_grad():
-            for batch in track(batches, "calibrate", show=progress):
-                graph.check_batch(batch, f"calibration batch {count}")
-                graph.run(batch)
-                count += 1
-    finally:
-        for module in activations.values():
-            module.observing = False
-        qat.train(training)
-    if count == 0:
-        raise TrainError(
-            "QG701", "there is no batch to calibrate on", where="calibrate", why="the iterable is empty or used up",
-            todo="give at least one batch; a generator can be used only once",
-        )  # fmt: skip
-    for name, module in activations.items():
-        low, high = module.observer.range(module.spec)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    graph = Graph.prepared(qat)
+    quantizers = {n: m for n, m in qat.named_modules() if isinstance(m, FakeQuantize)}
+    activations = {n: m for n, m in quantizers.items() if isinstance(m, ActivationFakeQuantize)}
+    with _observing(qat, quantizers.values()), torch.no_grad():
+        count = 0
+        for batch in track(batches, "calibrate", show=progress):
+            graph.check_batch(batch, f"calibration batch {count}")
+            graph.run(batch)
+            count += 1
+        if count == 0:
             raise TrainError(
-                "QG702",
-                "an activation contains NaN or infinity",
-                where=name,
-                why="no scale can be computed for it (a mask of -inf, an overflow, or bad data)",
-                todo="pin the node in float with a recipe line, or clean the data",
-            )
+                "QG701", "there is no batch to calibrate on", where="calibrate", why="the iterable is empty or used up",
+                todo="give at least one batch; a generator can be used only once",
+            )  # fmt: skip
+        for path, module in activations.items():
+            _check_range(path, module)
     for module in activations.values():
         module.settle()
-    for other in qat.modules():
-        if isinstance(other, FakeQuantize):
-            other.switch_on()
+    for other in quantizers.values():
+        other.switch_on()
+
+
+@contextmanager
+def _observing(qat: torch.nn.Module, quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
+    """Evaluation mode, every quantizer off, every observer new. After an error all is as it was."""
+    on = {m: m.on for m in quantizers}
+    observers = {m: m.observer for m in on if isinstance(m, ActivationFakeQuantize)}
+    for module, observer in observers.items():
+        module.observer, module.observing = observer.fresh(), True
+    modes = {m: m.training for m in qat.modules()}
+    try:
+        qat.eval()
+        for other in on:
+            other.on = False
+        yield
+    except BaseException:
+        for module, observer in observers.items():
+            module.observer = observer
+        for other, flag in on.items():
+            other.on = flag
+        raise
+    finally:
+        for module in observers:
+            module.observing = False
+        for each, mode in modes.items():
+            each.training = mode
+
+
+def _check_range(path: str, module: ActivationFakeQuantize) -> None:
+    low, high = module.observer.range(module.spec)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise TrainError(
+            "QG702",
+            "an activation contains NaN or infinity",
+            where=unquote(path).replace(".:", ":").removeprefix(":"),  # the plan's name of the quantizer
+            why="no scale can be computed for it (a mask of -inf, an overflow, or bad data)",
+            todo="pin the node in float with a recipe line, or clean the data",
+        )

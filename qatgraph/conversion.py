@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 import torch
 from torch import fx
@@ -10,31 +11,35 @@ from torch import fx
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.meta import record
+from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage, verify_structure
 from qatgraph.operators import DEQUANTIZE, QUANTIZE
 from qatgraph.planning.plan import Plan
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.grids import STORAGE
 from qatgraph.rewriting.edit import Edit
 from qatgraph.specs import DType
 
-INTEGER = {DType.U8: torch.uint8, DType.S8: torch.int8, DType.S32: torch.int32}
+WIDEST = 255  # the largest |x - zero_point| of an 8-bit activation
 
 
 def convert(prepared: Graph) -> Graph:
     """The graph as it will run: every quantized reader gets a dequantize of its own, dropout goes.
 
     Raises:
-        LowerError: QG501 a quantizer has not been calibrated.
+        LowerError: QG501 a quantizer has not been calibrated, QG502 a bias does not fit into int32, QG507 a weight
+            contains NaN or infinity.
     """
     prepared = Graph(prepared.module)
     graph = prepared.clone()
     edit = Edit(graph, "convert")
     modules = dict(graph.module.named_modules(remove_duplicate=False))
-    for node in list(graph.module.graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
+    calls = [(n, modules[str(n.target)]) for n in graph.module.graph.nodes if n.op == "call_module"]
+    for node, module in calls:  # first, so that a quantizer sees its true readers
         if isinstance(module, torch.nn.Dropout):
             edit.bypass(node, node.args[0])
-        elif isinstance(module, FakeQuantize):
+    for node, module in calls:
+        if isinstance(module, FakeQuantize):
             if not module.on:
                 raise _uncalibrated(node)
             if isinstance(module, ActivationFakeQuantize):
@@ -44,8 +49,7 @@ def convert(prepared: Graph) -> Graph:
     plan: Plan = graph.info.plan
     _biases([p.node for p in plan.placements if p.bias == "int32"], graph, edit)
     graph.module.graph.eliminate_dead_code()
-    graph.module.delete_all_unused_submodules()
-    graph.module.recompile()
+    graph = graph.clone()  # holds what the graph reads, and nothing else: no float weights
     graph.set_info(stage=Stage.QDQ)
     graph.module.eval()
     verify_structure(graph.module, Stage.QDQ, "convert")
@@ -56,7 +60,7 @@ def _uncalibrated(node: fx.Node) -> LowerError:
     return LowerError(
         "QG501",
         "a quantizer has not been calibrated",
-        where=str(node.target),
+        where=unquote(str(node.target)).replace(".:", ":").removeprefix(":"),  # the plan's name of the quantizer
         why="its grid is unknown",
         todo="call qatgraph.calibrate(qat, batches), or load a state_dict of a calibrated model",
     )
@@ -65,8 +69,8 @@ def _uncalibrated(node: fx.Node) -> LowerError:
 def _activation(node: fx.Node, module: ActivationFakeQuantize, edit: Edit) -> None:
     source, path, users = node.args[0], str(node.target), list(node.users)
     assert isinstance(source, fx.Node)
-    kind = INTEGER[module.spec.dtype]
-    scale = edit.constant(f"{path}/scale", module.scale.detach(), node)
+    kind = STORAGE[module.spec.dtype]
+    scale = edit.constant(f"{path}/scale", module.scale.detach().clone(), node)
     zero = edit.constant(f"{path}/zero_point", module.zero_point.detach().to(kind), node)
     q = edit.custom(QUANTIZE, source, scale, zero, at=node, near=node, kind="quantize")
     _dequantize(node, users, q, scale, zero, 0, edit)
@@ -109,6 +113,14 @@ def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
 def _integer_weight(
     at: fx.Node, path: str, weight: torch.Tensor, module: WeightFakeQuantize, edit: Edit
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
+    if not bool(torch.isfinite(weight).all()):
+        raise LowerError(
+            "QG507",
+            "a weight contains NaN or infinity",
+            where=path,
+            why="it has no grid, and the file would hide it behind finite numbers",
+            todo="look for the step at which training diverged; lower an earlier state",
+        )
     integers, scale = module.integers(weight)
     q = edit.constant(f"{path}/int8", integers, at)
     return (
@@ -125,18 +137,20 @@ def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
         node = nodes[name]
         x, weight, bias = (arg for _, arg in list(arguments(node))[:3])
         scale = _parameter(graph, x.args[1]) * _parameter(graph, weight.args[1])
-        value = _parameter(graph, bias)
-        top = float((value / scale).abs().max())
-        if top > DType.S32.qmax:
+        steps = _parameter(graph, bias).double() / scale.double()
+        sums = _parameter(graph, weight.args[0]).double().abs().sum(1) * WIDEST
+        top = float((steps.abs() + sums).max())
+        if not top <= DType.S32.qmax:  # also when it is NaN
             raise LowerError(
                 "QG502",
                 f"the bias of '{name}' does not fit into int32",
                 where=f"{name}.bias",
-                why=f"the largest bias is {top:.3g} accumulator steps",
+                why=f"with the products it may reach {top:.3g} accumulator steps, and the engine's sum would wrap",
                 todo="write the bias in float: bias = 'row' in a recipe line for this node",
             )
-        q = torch.round(value.double() / scale.double()).to(torch.int32)
-        path = str(bias.target)
+        q = torch.round(steps).to(torch.int32)
+        owner = record(node).module  # by port: a bias that two linears read has two grids
+        path = attribute_path(owner, f"{name}.bias".removeprefix(owner).removeprefix(":"))
         parts = [
             edit.constant(f"{path}/int32", q, node),
             edit.constant(f"{path}/scale", scale, node),

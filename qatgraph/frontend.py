@@ -358,6 +358,8 @@ def _lost_dropout(model: torch.nn.Module, module: fx.GraphModule) -> list[str]:
         if max(rates, default=0.0) > 0:
             lost.setdefault(max(rates), []).append(path)
     return [
-        f"dropout p={rate} inside attention is not in the graph, because it was captured in eval: {', '.join(paths)}"
+        f"dropout p={rate} inside attention is not in the graph, because it was captured in eval: "
+        + ", ".join(paths[:3])
+        + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         for rate, paths in lost.items()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -11,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qatgraph.errors import JobError
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from qatgraph.ir.graph import Batch
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -46,28 +49,35 @@ class Dim(UserModel):
     min: int | None = None
     max: int | None = None
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min} is larger than max = {self.max}")
+        return self
+
 
 class Training(UserModel):
     """See ``qatgraph.training.loop.Schedule``."""
 
-    steps: int = 300
-    lr: float = 1e-5
-    warmup: int = 20
-    clip: float = 1.0
+    steps: int = Field(default=300, ge=0)
+    lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    warmup: int = Field(default=20, ge=0)
+    clip: float = Field(default=1.0, gt=0)
     dropout: bool = False
 
 
 class Job(UserModel):
     """``model`` and ``data`` are ``file.py:function``, relative to the job; both are called with ``seed=`` and their
-    options. ``dynamic_shapes`` lists, for each input, the name of each axis (empty: fixed)."""
+    options. ``dynamic_shapes`` lists, for each input, the name of each axis (empty: fixed). ``threads`` are torch's
+    (0: its default): a tiny model is faster with one, and sums in float depend on them."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # it names files and a folder
     model: str
     data: str
     target: str = "ort-cpu"
     recipe: str = "int8"
-    metric: Literal["cosine", "top1"] = "cosine"
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    threads: int = Field(default=0, ge=0)
     outputs: tuple[str, ...] = ()
     dynamic_shapes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     dims: dict[str, Dim] = Field(default_factory=dict)
@@ -98,6 +108,26 @@ def load_job(path: Path) -> Job:
     )
 
 
+def make(job_path: Path, spec: str, what: str, seed: int, options: dict[str, Any]) -> Any:
+    """What the function that ``file.py:function`` names returns.
+
+    Raises:
+        JobError: QG803 no such function, or it does not take the options; QG804 something that it needs is missing.
+    """
+    function = factory(job_path, spec, what)
+    try:
+        inspect.signature(function).bind(seed=seed, **options)
+    except TypeError as error:
+        todo = f"compare seed and [{what}_options] with the arguments of the function"
+        raise JobError(
+            "QG803", f"the {what} factory '{spec}' cannot be called", where=job_path.name, why=str(error), todo=todo
+        ) from error
+    try:
+        return function(seed=seed, **options)
+    except ImportError as error:
+        raise _does_not_import(spec, job_path, error) from error
+
+
 def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
     """The function that ``file.py:function`` names.
 
@@ -126,13 +156,7 @@ def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
             loader.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise JobError(
-                "QG804",
-                f"'{file}' does not import",
-                where=job_path.name,
-                why=f"{type(error).__name__}: {error}",
-                todo="install what it needs; the example jobs need the extra: pip install 'qatgraph[examples]'",
-            ) from error
+            raise _does_not_import(file, job_path, error) from error
     found = getattr(module, name, None)
     if not callable(found):
         raise JobError("QG803", f"'{file}' has no function '{name}'", where=job_path.name, todo="check the name")
@@ -140,19 +164,31 @@ def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
     return function
 
 
+def _does_not_import(what: str, job_path: Path, error: Exception) -> JobError:
+    return JobError(
+        "QG804",
+        f"'{what}' does not import",
+        where=job_path.name,
+        why=f"{type(error).__name__}: {error}",
+        todo="install what it needs; the example jobs need the extra: pip install 'qatgraph[examples]'",
+    )
+
+
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that takes its place when the block ends well; else ``path`` stays as it was.
 
     Raises:
-        JobError: QG805 the folder cannot be written.
+        JobError: QG805 the folder cannot be written, or holds something else than an earlier run.
     """
     try:
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file()):
+            raise _unwritable(path, "it holds something else than a run, which would be lost")
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.parent / f".{path.name}.{os.getpid()}"
         scratch.mkdir()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
     try:
         yield scratch
         _swap(scratch, path)
@@ -172,16 +208,16 @@ def _swap(scratch: Path, path: Path) -> None:
                 os.rename(old, path)
             raise
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> JobError:
+def _unwritable(path: Path, why: str) -> JobError:
     return JobError(
         "QG805",
         f"cannot write the output folder '{path.name}'",
         where="--output",
-        why=error.strerror or str(error),
+        why=why,
         todo="choose a folder that you may write to: --output DIR",
     )
 

@@ -48,10 +48,9 @@ def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch
         have = by_owner.get(prediction.node, [])
         if not _honoured(prediction, have):
             found.append(Mismatch(prediction.node, prediction.row, _wanted(prediction), _seen(have)))
-    int8 = {p.node for p in plan.predictions if p.int8}
     for name, nodes in by_owner.items():
         stray = [n for n in nodes if n.int8]
-        if stray and name not in int8 and plan.prediction(name) is None:
+        if stray and plan.prediction(name) is None:
             found.append(Mismatch(name, "no row", "no int8 kernel", _seen(stray)))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,8 @@ from qatgraph.ir.meta import record
 from qatgraph.operators import DEQUANTIZE
 from qatgraph.reference import Array
 
-FLOAT_LIMIT = 1e-6  # of the largest value of the region
-STEP_LIMIT = 1
-SHARE_LIMIT = 1e-4
+Step = Callable[[Array], Array]
+FLOAT_LIMIT = 1e-6  # of the largest value of the region; integers have to be equal
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,34 @@ class RegionParity:
     integers: int = 0
     steps: int = 0
     off: int = 0
+    misfit: str = ""
 
     @property
     def failure(self) -> str:
+        if self.misfit:
+            return self.misfit
         if not self.float_rel <= FLOAT_LIMIT:
             return f"float outputs differ by {self.float_rel:.3g} of the largest value (limit {FLOAT_LIMIT:g})"
-        if self.steps > STEP_LIMIT or self.off > SHARE_LIMIT * self.integers:
-            return f"{self.off} of {self.integers} integers differ, by up to {self.steps} steps"
-        return ""
+        return f"{self.off} of {self.integers} integers differ, by up to {self.steps} steps" if self.off else ""
+
+    def compare_integers(self, have: Array, want: Array) -> None:
+        if self._fits(have, want, "integers"):
+            steps = np.abs(want.astype(np.int64) - have.astype(np.int64))
+            self.integers += steps.size
+            self.steps = max(self.steps, int(steps.max(initial=0)))
+            self.off += int((steps > 0).sum())
+
+    def compare_floats(self, have: Array, want: Array) -> None:
+        if self._fits(have, want, "outputs"):
+            self.elements += want.size
+            top = float(np.abs(want).max(initial=0.0)) or 1.0
+            difference = float(np.abs(want - have).max(initial=0.0)) / top
+            self.float_rel = max(self.float_rel, difference if np.isfinite(difference) else float("inf"))
+
+    def _fits(self, have: Array, want: Array, what: str) -> bool:
+        if have.shape != want.shape:
+            self.misfit = f"{what} of shape {list(have.shape)}, where the reference has {list(want.shape)}"
+        return not self.misfit
 
 
 def compare_regions(qdq: Graph, taps: Iterable[RegionTap]) -> dict[str, RegionParity]:
@@ -59,42 +78,43 @@ def compare_regions(qdq: Graph, taps: Iterable[RegionTap]) -> dict[str, RegionPa
     found: dict[str, RegionParity] = {}
     for tap in taps:
         region = found.setdefault(tap.node, RegionParity(tap.node))
-        node = nodes[tap.node]
-        if record(node).kind == "embedding":
-            integers, out = _lookup(qdq, node, tap)
-        else:
-            integers, out = _linear(qdq, node, tap)
-        steps = np.abs(integers.astype(np.int64) - tap.integers.astype(np.int64))
-        region.integers += steps.size
-        region.steps = max(region.steps, int(steps.max(initial=0)))
-        region.off += int((steps > 0).sum())
-        region.elements += out.size
-        top = float(np.abs(out).max(initial=0.0)) or 1.0
-        same_shape = out.shape == tap.out.shape
-        difference = float(np.abs(out - tap.out).max(initial=0.0)) / top if same_shape else float("inf")
-        region.float_rel = max(region.float_rel, difference if np.isfinite(difference) else float("inf"))
+        integers, result = (_lookup if record(nodes[tap.node]).kind == "embedding" else _linear)(qdq, nodes[tap.node])
+        region.compare_integers(tap.integers, integers(tap.border))
+        if not region.misfit:
+            region.compare_floats(tap.out, result(tap.integers))
     return found
 
 
-def _linear(qdq: Graph, node: torch.fx.Node, tap: RegionTap) -> tuple[Array, Array]:
+def _linear(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:
+    """What the quantize in front makes of the border, and what the linear makes of those integers."""
     roles = dict(arguments(node))
-    quantize = roles["x"].args[0]
     x_scale, x_zero = (_constant(qdq, n) for n in roles["x"].args[1:3])
     weight, w_scale = (_constant(qdq, n) for n in roles["weight"].args[:2])
-    bias = roles.get("bias")
-    value = None
-    if bias is not None:
-        value = _constant(qdq, bias.args[0] if bias.target is DEQUANTIZE else bias)
-    scale, zero = (_constant(qdq, n) for n in quantize.args[1:3])
-    integers = reference.quantize(tap.border, scale, zero)
-    return integers, reference.linear(tap.integers, x_scale, int(x_zero), weight, w_scale, value)
+    scale, zero = (_constant(qdq, n) for n in roles["x"].args[0].args[1:3])
+    bias = _bias(qdq, roles.get("bias"), x_scale * w_scale)
+    return (
+        lambda border: reference.quantize(border, scale, zero),
+        lambda q: reference.linear(q, x_scale, int(x_zero), weight, w_scale, bias),
+    )
 
 
-def _lookup(qdq: Graph, node: torch.fx.Node, tap: RegionTap) -> tuple[Array, Array]:
+def _bias(qdq: Graph, node: torch.fx.Node | None, unit: Array) -> Array | None:
+    """An int32 bias as it is, since an engine adds it to the accumulator; as the float that it stands for if it
+    counts in other units than the accumulator."""
+    if node is None:
+        return None
+    if node.target is not DEQUANTIZE:
+        return _constant(qdq, node)
+    value, scale, zero = (_constant(qdq, n) for n in node.args[:3])  # type: ignore[arg-type]
+    return value if np.array_equal(scale, unit) else reference.dequantize(value, scale, zero)
+
+
+def _lookup(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:
+    """What the table holds at the indices, and what the dequantize makes of it."""
     table = _constant(qdq, node.args[0])  # type: ignore[arg-type]
     rows = next(iter(node.users))
     scale, zero = (_constant(qdq, n) for n in rows.args[1:3])  # type: ignore[arg-type]
-    return table[tap.border], reference.dequantize(tap.integers, scale, zero)
+    return lambda indices: table[indices], lambda q: reference.dequantize(q, scale, zero)
 
 
 def _constant(qdq: Graph, node: torch.fx.Node) -> Array:

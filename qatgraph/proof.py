@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from qatgraph import fidelity, reference
 from qatgraph.conversion import convert
 from qatgraph.errors import VerifyError
-from qatgraph.ir.graph import Batch, Graph, bind
+from qatgraph.ir.graph import Batch, Graph, arguments, bind
+from qatgraph.ir.meta import record
 from qatgraph.kernels import compare_kernels, owner
-from qatgraph.parity import compare_regions
+from qatgraph.parity import RegionTap, compare_regions
 from qatgraph.planning.plan import Plan
 from qatgraph.report.machine import has_vnni, isa
 from qatgraph.report.report import NOT_RUN, Report
 
 REGION_BATCHES = 4  # batches on which every region is compared with the reference
+SEGMENT_LIMIT = 1e-5  # between regions, of the largest value: two float libraries, from equal inputs
 
 
 def feed_of(graph: Graph, batch: Batch) -> dict[str, reference.Array]:
     """The inputs of the lowered file for a batch."""
     graph.check_batch(batch, "evaluation batch")
-    args, kwargs = bind(batch)
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves = graph.leaves(batch, "evaluation batch")
     return {n: t.detach().cpu().numpy() for n, t in zip(graph.info.inputs, leaves, strict=True)}
 
 
@@ -42,12 +44,12 @@ def prove(
     Raises:
         VerifyError: QG602 no batch, QG603 the file bears the hash of another plan.
     """
-    graph = Graph.of(qat)
+    graph = Graph.prepared(qat)
     plan: Plan = graph.info.plan
     if not batches:
         raise VerifyError("QG602", "there is no batch to verify on", where="verify", todo="give at least one batch")
     report = Report(target=plan.target, notes=list(graph.info.notes))
-    report.files = {"onnx": {"bytes": len(model)}}
+    report.files = {"onnx": {"bytes": len(model)}, "how": "bytes of the file that was verified"}
     stamped = backend.stamped_plan(model)
     if stamped != plan.hash():
         raise VerifyError(
@@ -57,8 +59,14 @@ def prove(
             why=f"it bears {stamped[:12] or 'no plan'}, the plan is {plan.hash()[:12]}",
             todo="lower again, or verify with the plan that the file was made from",
         )
+    have = dict(zip(("inputs", "outputs"), backend.interface(model), strict=True))
+    for what, want in (("inputs", graph.info.inputs), ("outputs", graph.info.outputs)):
+        if have[what] != list(want):
+            report.failures.append(f"the file's {what} are {', '.join(have[what])}, the model's are {', '.join(want)}")
+    if report.failures:
+        return report  # nothing that follows could be compared
     _kernels(report, backend, plan, model)
-    _overflow(report, backend, model, feed_of(graph, batches[0]))
+    _overflow(report, backend, plan, model, feed_of(graph, batches[0]))
     _regions(report, backend, graph, plan, model, batches[:REGION_BATCHES])
     _fidelity(report, backend, qat, model, batches, float_model, labels)
     return report
@@ -87,11 +95,12 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     report.failures += [str(m) for m in mismatches]
 
 
-def _overflow(report: Report, backend: Any, model: bytes, feed: dict[str, reference.Array]) -> None:
+def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:
     weights = backend.gemm_weights(model)
     worst = {name: reference.worst_pair(w) for name, w in weights.items()}
     low = {name: int(w.min()) for name, w in weights.items()}
     bad = [n for n in worst if worst[n] > 128 or low[n] < -127]
+    seen = {owner(n) for n in weights}
     report.overflow = {
         "gemms": len(weights),
         "worst_pair": max(worst.values(), default=0),
@@ -102,14 +111,26 @@ def _overflow(report: Report, backend: Any, model: bytes, feed: dict[str, refere
         "same_on_haswell: bit for bit on an emulated CPU with AVX2 and no VNNI, one batch",
     }
     report.failures += [
-        f"'{n}': a pair of weights sums to {worst[n]}, which overflows 16 bits without VNNI" for n in bad
+        f"'{n}': a pair of weights sums to {worst[n]}, which overflows 16 bits without VNNI"
+        if worst[n] > 128
+        else f"'{n}': a weight is {low[n]}, which overflows 16 bits on 64-bit Arm"
+        for n in bad
+    ]
+    report.failures += [
+        f"'{p.node}': its int8 weight is not found in the file, so nothing is known about overflow"
+        for p in plan.predictions
+        if p.int8 and p.accumulator and p.node not in seen
+    ]
+    report.failures += [
+        f"'{n}': its int32 bias does not count in s_x * s_w, which the engine does not check"
+        for n in backend.bias_misfits(model)
     ]
 
 
 def _same_on_haswell(report: Report, backend: Any, model: bytes, feed: dict[str, reference.Array]) -> bool | str:
     if not backend.can_emulate():
         return f"{NOT_RUN}: qemu-x86_64 is not installed"
-    native = backend.session(model).run(None, feed)
+    native = backend.run(backend.session(model), feed)
     emulated = backend.run_on("Haswell", model, feed)
     same = all(a.tobytes() == b.tobytes() for a, b in zip(native, emulated, strict=True))
     if not same:
@@ -121,8 +142,16 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
     tapped, names = backend.tap(model, plan)
     again = compare_kernels(plan, backend.audit(tapped))
     report.failures += [f"in the tapped file: {m}" for m in again]
-    feeds = [feed_of(graph, b) for b in batches]
-    regions = compare_regions(convert(graph), backend.run_taps(tapped, names, feeds))
+    qdq, segments = convert(graph), dict[str, float]()
+
+    def taps() -> Iterator[RegionTap]:
+        runs = backend.run_taps(tapped, names, (feed_of(graph, b) for b in batches))
+        for batch, (found, outputs) in zip(batches, runs, strict=True):
+            for where, difference in _segments(qdq, batch, found, outputs):
+                segments[where] = max(segments.get(where, 0.0), difference)
+            yield from found
+
+    regions = compare_regions(qdq, taps())
     integers = sum(r.integers for r in regions.values())
     report.parity = {
         "regions": len(regions),
@@ -131,10 +160,60 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
         "integers": integers,
         "max_steps": max((r.steps for r in regions.values()), default=0),
         "off_by_one_share": sum(r.off for r in regions.values()) / max(1, integers),
-        "how": f"each int8 region by itself on the integers that the engine saw, {len(batches)} batches, {isa()}; "
+        "between_regions_max_rel": max(segments.values(), default=0.0),
+        "how": f"each int8 region by itself on the integers that the engine saw, and the float operations between them "
+        f"on the results that it wrote, {len(batches)} batches, {isa()}; "
         "the reference computes from the converted graph, not from the file",
     }
+    missing = [p.node for p in plan.predictions if p.int8 and p.node not in names]
+    report.failures += [f"region '{n}': the file does not hold it" for n in missing]
     report.failures += [f"region '{r.node}': {r.failure}" for r in regions.values() if r.failure]
+    report.failures += [
+        f"{where}: float values differ by {d:.3g} of the largest value (limit {SEGMENT_LIMIT:g})"
+        for where, d in segments.items()
+        if not d <= SEGMENT_LIMIT
+    ]
+
+
+def _segments(
+    qdq: Graph, batch: Batch, taps: Sequence[RegionTap], outputs: dict[str, reference.Array]
+) -> Iterator[tuple[str, float]]:
+    """How far the engine is from torch in front of each region and at each output, from equal results of the regions.
+
+    So no rounding that falls on the other side can cascade: the float operations between two regions stand alone.
+    """
+    nodes = {record(n).name: n for n in qdq.nodes}
+    tables = {n for n in nodes.values() if record(n).kind == "embedding"}
+    given = {nodes[t.node]: torch.from_numpy(t.out.copy()) for t in taps}  # relu_ writes into it
+    replay = _Replay(qdq.module, {next(iter(n.users)) if n in tables else n: given[n] for n in given})
+    with torch.no_grad():
+        results = replay.run(*qdq.leaves(batch, "evaluation batch"), enable_io_processing=False)
+    for tap in (t for t in taps if nodes[t.node] not in tables):
+        border = dict(arguments(nodes[tap.node]))["x"].args[0].args[0]
+        yield f"in front of '{tap.node}'", _difference(tap.border, replay.env[border])
+    for name, result in zip(qdq.info.outputs, results, strict=True):
+        yield f"output '{name}'", _difference(outputs[name], result)
+
+
+class _Replay(fx.Interpreter):
+    """A graph run node by node, where the results of some nodes are given."""
+
+    def __init__(self, module: fx.GraphModule, given: dict[fx.Node, torch.Tensor]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.given = given
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self.given[n] if n in self.given else super().run_node(n)
+
+
+def _difference(have: reference.Array, want: Any) -> float:
+    """The largest difference over the largest value; infinite if shapes or NaNs differ."""
+    wanted = torch.as_tensor(want).numpy()
+    if have.shape != wanted.shape:
+        return float("inf")
+    top = float(np.abs(wanted.astype(np.float64)).max(initial=0.0)) or 1.0
+    difference = np.abs(have.astype(np.float64) - wanted).max(initial=0.0) / top
+    return float(difference) if np.isfinite(difference) else float("inf")
 
 
 def _fidelity(
@@ -146,10 +225,13 @@ def _fidelity(
     float_model: torch.nn.Module | None,
     labels: Sequence[torch.Tensor] | None,
 ) -> None:
-    graph = Graph.of(qat)
-    engine = fidelity.outputs(engine_run(graph, backend.session(model)), batches)
-    exact = fidelity.outputs(engine_run(graph, backend.session(model, session__x64quantprecision="1")), batches)
-    equal = all(torch.equal(a, b) for a, b in zip(engine, exact, strict=True))
+    graph = Graph.prepared(qat)
+    plain, precise = backend.session(model), backend.session(model, session__x64quantprecision="1")
+    engine, equal = [], True
+    for feed in (feed_of(graph, b) for b in batches):
+        outputs, exact = backend.run(plain, feed), backend.run(precise, feed)
+        equal = equal and all(a.tobytes() == b.tobytes() for a, b in zip(outputs, exact, strict=True))
+        engine.append(fidelity.first_output([torch.from_numpy(a) for a in outputs]))
     if not equal:
         report.failures.append("outputs differ between default options and session.x64quantprecision=1")
     fake = fidelity.outputs(model_run(qat), batches)
@@ -159,6 +241,7 @@ def _fidelity(
         "same_under_x64quantprecision": equal,
         "isa": isa(),
         "vnni": has_vnni(),
+        "how": "first output, every evaluation sample; float64 cosine by row",
     }
     if float_model is not None:
         wanted = fidelity.outputs(model_run(float_model), batches)
@@ -186,12 +269,5 @@ def model_run(model: torch.nn.Module) -> fidelity.Run:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-    return run
-
-
-def engine_run(graph: Graph, runner: Any) -> fidelity.Run:
-    def run(batch: Batch) -> torch.Tensor:
-        return fidelity.first_output([torch.from_numpy(a) for a in runner.run(None, feed_of(graph, batch))])
 
     return run

@@ -25,11 +25,11 @@ def dequantize(q: Array, scale: Array, zero_point: Array) -> Array:
 def accumulate(x: Array, zero_point: int, weight: Array) -> Array:
     """``(x - zero_point) @ weight.T`` exactly, as int32. ``x`` is ``[..., K]``, ``weight`` ``[N, K]``.
 
-    Float64 holds every partial sum exactly (below 2**53), so BLAS may add in any order.
+    Float64 holds every partial sum exactly (below 2**53), so BLAS may add in any order. A sum beyond 32 bits wraps.
     """
     centred = x.astype(np.float64) - float(zero_point)
     total = centred @ weight.astype(np.float64).T
-    return total.astype(np.int32)
+    return total.astype(np.int64).astype(np.int32)
 
 
 def accumulate_pair16(x: Array, zero_point: int, weight: Array) -> Array:
@@ -38,13 +38,14 @@ def accumulate_pair16(x: Array, zero_point: int, weight: Array) -> Array:
     Pairs are (2i, 2i+1) along K. The kernel multiplies the raw u8 values and corrects by ``zero_point * sum(w)``.
     Source: Intel SDM vol. 2, VPMADDUBSW; onnxruntime MLAS ``QgemmU8S8KernelAvx2``.
     """
+    shape = (*x.shape[:-1], len(weight))
     x, weight = x.reshape(-1, x.shape[-1]).astype(np.int32), weight.astype(np.int32)
     if x.shape[-1] % 2:
         x, weight = np.pad(x, ((0, 0), (0, 1))), np.pad(weight, ((0, 0), (0, 1)))
     pairs = x[:, None, 0::2] * weight[None, :, 0::2] + x[:, None, 1::2] * weight[None, :, 1::2]
     total = np.clip(pairs, -(2**15), 2**15 - 1).sum(-1, dtype=np.int32)
     corrected: Array = total - zero_point * weight.sum(-1, dtype=np.int32)
-    return corrected
+    return corrected.reshape(shape)
 
 
 def linear(x: Array, x_scale: Array, zero_point: int, weight: Array, w_scale: Array, bias: Array | None) -> Array:

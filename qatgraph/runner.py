@@ -6,7 +6,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ import torch
 from qatgraph import api, fidelity
 from qatgraph.errors import JobError, PlanError
 from qatgraph.ir.graph import Graph
-from qatgraph.job import Job, JobData, factory, load_job, output_folder, write_json
+from qatgraph.job import MANIFEST, Job, JobData, load_job, make, output_folder, write_json
 from qatgraph.latency import measure
 from qatgraph.planning.plan import Plan
-from qatgraph.planning.target import load_target
 from qatgraph.proof import model_run, score
 from qatgraph.report.machine import isa, versions
 from qatgraph.report.report import Report
@@ -28,6 +28,8 @@ from qatgraph.rewriting.registry import parse_passes
 from qatgraph.training.loop import Schedule, distill
 
 Say = Callable[[str], None]
+# what verify and replay read
+MANIFEST_KEYS = frozenset({"job", "train", "passes", "data", "isa", "threads", "versions", "hashes"})
 
 
 @dataclass
@@ -39,11 +41,22 @@ class Setup:
     graph: Graph
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch (0: as they are); then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def set_up(job: Job, path: Path, seed: int) -> Setup:
     """Call the factories and capture the model on the first calibration batch."""
     torch.manual_seed(seed)
-    model = factory(path, job.model, "model")(seed=seed, **job.model_options)
-    data: JobData = factory(path, job.data, "data")(seed=seed, **job.data_options)
+    model = make(path, job.model, "model", seed, job.model_options)
+    data: JobData = make(path, job.data, "data", seed, job.data_options)
     if not data.calibrate:
         raise JobError("QG806", "the data factory gives no calibration batch", where=job.data, todo="give at least one")
     if not data.evaluate:
@@ -82,16 +95,16 @@ def run_job(
         job = job.model_copy(update={"target": target})
     extra = parse_passes(passes)
     folder = output or Path("build") / job.name
-    with output_folder(folder) as scratch:
+    with threads(job.threads), output_folder(folder) as scratch:
         start = time.perf_counter()
         results = [_one_seed(job, path, seed, scratch, train, extra, plan, say) for seed in job.seeds]
         report = _mean_over_seeds([r for r, _ in results], job.seeds)
         report.job = job.name
         report.check()
-        say(f"verified in {time.perf_counter() - start:.0f} s")
+        say(f"done in {time.perf_counter() - start:.0f} s")
         (scratch / "report.md").write_text(report.to_markdown(), encoding="utf-8")
         (scratch / "report.json").write_text(report.to_json(), encoding="utf-8")
-        write_json(scratch / "manifest.json", _manifest(job, path, scratch, results[0][1], train, passes))
+        write_json(scratch / MANIFEST, _manifest(job, path, scratch, results[0][1], train, passes))
     return report, folder
 
 
@@ -189,9 +202,10 @@ def _mean_over_seeds(reports: Sequence[Report], seeds: Sequence[int]) -> Report:
 def _manifest(
     job: Job, path: Path, scratch: Path, facts: dict[str, Any], train: bool, passes: Sequence[str]
 ) -> dict[str, Any]:
-    onnx = scratch / f"{job.name}.onnx"
+    onnx, plan = scratch / f"{job.name}.onnx", Plan.load(scratch / "plan.json")
+    target = Path(job.target).name  # given on the command line it is a path of this machine; replay takes the plan
     return {
-        "job": job.model_dump(mode="json"),
+        "job": job.model_copy(update={"target": target}).model_dump(mode="json"),
         "job_file": path.name,
         "train": train,
         "passes": list(passes),
@@ -200,10 +214,10 @@ def _manifest(
         "threads": torch.get_num_threads(),
         "session_options": "ONNX Runtime defaults",
         "versions": versions(),
-        "target": load_target(_beside(path, job.target)).hash(),
         "hashes": {
             "onnx": sha256(onnx),
-            "plan": Plan.load(scratch / "plan.json").hash(),
+            "plan": plan.hash(),
+            "target": plan.hashes["target"],
             "state": sha256(scratch / "qat.safetensors"),
         },
     }
@@ -231,7 +245,8 @@ def verify_folder(path: Path, folder: Path | None = None) -> Report:
             why="it is missing, or its hash differs from manifest.json",
             todo="run the job again",
         )
-    setup = set_up(job, path, job.seeds[0])
+    with threads(manifest["threads"]):  # a factory that trains gives the model of the run
+        setup = set_up(job, path, job.seeds[0])
     extra = parse_passes(manifest["passes"])
     qat = api.prepare(setup.graph, Plan.load(folder / "plan.json"), passes=extra)
     load_state(qat, folder / "qat.safetensors")
@@ -250,12 +265,13 @@ def replay_folder(folder: Path, path: Path, output: Path, *, say: Say = lambda l
         JobError: QG807 no run there, QG808 the job, the data or the bytes differ.
     """
     manifest = read_manifest(folder)
-    job = load_job(path)
+    target = manifest["job"]["target"]  # perhaps given on the command line
+    job = load_job(path).model_copy(update={"target": target})
     if job.model_dump(mode="json") != manifest["job"]:
         raise _differs("the job file", path.name, "it was changed since the run")
     plan = Plan.load(folder / "plan.json")
-    torch.set_num_threads(manifest["threads"])  # sums in float depend on it
-    run_job(path, output, train=manifest["train"], passes=manifest["passes"], plan=plan, say=say)
+    with threads(manifest["threads"]):  # sums in float depend on it
+        run_job(path, output, target=target, train=manifest["train"], passes=manifest["passes"], plan=plan, say=say)
     again = read_manifest(output)
     if again["data"] != manifest["data"]:
         raise _differs("the data", path.name, f"{again['data']} instead of {manifest['data']}")
@@ -268,12 +284,14 @@ def replay_folder(folder: Path, path: Path, output: Path, *, say: Say = lambda l
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if missing := MANIFEST_KEYS - set(found):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError) as error:
         raise JobError(
             "QG807",
             f"'{folder}' does not hold a run",
-            where="manifest.json",
+            where=MANIFEST,
             why=str(error),
             todo="run the job first: qatgraph run JOB.toml",
         ) from error

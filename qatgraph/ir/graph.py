@@ -62,15 +62,18 @@ class Graph:
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Graph:
-        """The graph behind a prepared module (also after ``deepcopy``)."""
+        """The graph behind a module of ours (also after ``deepcopy``)."""
         if not isinstance(module, fx.GraphModule) or INFO not in module.meta:
-            raise CaptureError(
-                "QG108",
-                "this module was not made by qatgraph",
-                where=type(module).__name__,
-                todo="pass the module that qatgraph.prepare returned, or a copy of it",
-            )
+            raise _foreign(type(module).__name__, "this module was not made by qatgraph")
         return cls(module)
+
+    @classmethod
+    def prepared(cls, module: torch.nn.Module) -> Graph:
+        """The graph behind a prepared module, which carries its plan."""
+        graph = cls.of(module)
+        if graph.info.plan is None:
+            raise _foreign(graph.info.root, "this module has not been prepared: it has no plan")
+        return graph
 
     @property
     def info(self) -> GraphInfo:
@@ -103,7 +106,8 @@ class Graph:
             new.meta = dict(old.meta)
         twin = fx.GraphModule(self.module, structure, class_name=self.info.root)
         twin.meta[INFO] = self.info
-        twin.train(self.module.training)
+        for name, module in twin.named_modules():  # holders are new; leaf modules are shared and keep their own mode
+            module.training = self.module.get_submodule(name).training
         return Graph(twin, self.copies)
 
     def parameter(self, node: fx.Node) -> torch.Tensor | None:
@@ -246,6 +250,11 @@ def arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
     roles = roles_of(record(node).kind)
     for i, arg in enumerate(node.args):
         yield (roles[i] if i < len(roles) else f"arg{i}"), arg
+
+
+def _foreign(where: str, what: str) -> CaptureError:
+    todo = "pass the module that qatgraph.prepare returned, or a copy of it"
+    return CaptureError("QG108", what, where=where, todo=todo)
 
 
 def _bad_batch(where: str, why: str) -> CaptureError:

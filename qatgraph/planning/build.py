@@ -135,9 +135,9 @@ def _grid_decision(name: str, grid: Grid, solution: Solution, shares: list[Const
     owner = next(solution.choices[p.node] for p in grid.ports)
     assert owner.row is not None
     spec = grid.options[0]
-    value = " and ".join(f"'{v}'" for v in grid.values)
-    readers = ", ".join(str(p) for p in grid.ports)
-    why = f"{value} lies on one {spec} grid, because {readers} {'take' if len(grid.ports) > 1 else 'takes'} it so"
+    value = _and([f"'{v}'" for v in grid.values])
+    ports = _and([f"'{p}'" for p in grid.ports])
+    why = f"{ports} {'take' if len(grid.ports) > 1 else 'takes'} {value} as {spec}"
     if len(grid.values) > 1:
         sharing = [c for c in shares if c.ports[0].node in grid.values or c.ports[-1].node in grid.values]
         if sharing:
@@ -156,6 +156,11 @@ def _grid_decision(name: str, grid: Grid, solution: Solution, shares: list[Const
         if any(value_at(p, solution.choices) in grid.values for p in c.ports)
     ]
     return Decision(name, str(spec), Author("row", owner.row.id), owner.row.id, why, tuple(lost + rest + apart))
+
+
+def _and(words: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _row_id(solution: Solution, port: Port) -> str:

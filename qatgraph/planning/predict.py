@@ -51,8 +51,11 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         if row.weight and not wants.weight:
             return f"{UNASKED} for a weight as {_list(row.weight)}"
     if row.bias and bias_of(row, fact, wants) is None:
-        asked = wants.bias or ("none" if fact.parameter("bias") is None else "any")
-        return f"the row takes a bias as {' or '.join(row.bias)}, asked is {asked}"
+        if fact.parameter("bias") is None:
+            return "the row is for a node with a bias"
+        if row.bias == ("none",):
+            return "the row is for a node without a bias"
+        return f"the row takes a bias as {' or '.join(row.bias)}, asked is {wants.bias}"
     if row.weight:
         if fact.parameter("weight") is None:
             return "the weight is not a constant"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qatgraph.quantizers.grids import channel_shape, quantize, range_grid, weight_scale
+from qatgraph.quantizers.grids import STORAGE, channel_shape, quantize, range_grid, weight_scale
 from qatgraph.quantizers.observers import OBSERVERS
 from qatgraph.specs import QuantSpec
 
@@ -30,9 +30,11 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0] * inside, None, None, None, None, None
 
 
-def straight_through(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def straight_through(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int, axis: int | None
+) -> torch.Tensor:
     """The nearest point of the grid, with the straight-through gradient."""
-    out: torch.Tensor = _StraightThrough.apply(x, scale, zero, spec.qmin, spec.qmax, spec.axis)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _StraightThrough.apply(x, scale, zero, qmin, qmax, axis)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -63,7 +65,10 @@ class FakeQuantize(torch.nn.Module):
 
 
 class ActivationFakeQuantize(FakeQuantize):
-    """A grid found by an observer, per tensor; fixed after calibration."""
+    """A grid found by an observer, per tensor; fixed after calibration.
+
+    It saturates where ONNX QuantizeLinear does, at the limits of the integer type: s8 reaches -128.
+    """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
@@ -71,6 +76,8 @@ class ActivationFakeQuantize(FakeQuantize):
     def __init__(self, spec: QuantSpec, observer: str) -> None:
         super().__init__(spec)
         self.observer = OBSERVERS[observer]()
+        span = torch.iinfo(STORAGE[spec.dtype])
+        self.qmin, self.qmax = span.min, span.max
         self.observing = False
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0.0))
@@ -88,7 +95,7 @@ class ActivationFakeQuantize(FakeQuantize):
             return x
         if not self.on:
             return x
-        return straight_through(x, self.scale, self.zero_point, self.spec)
+        return straight_through(x, self.scale, self.zero_point, self.qmin, self.qmax, None)
 
 
 class WeightFakeQuantize(FakeQuantize):
@@ -104,7 +111,7 @@ class WeightFakeQuantize(FakeQuantize):
             return weight
         scale = weight_scale(weight if table is None else table, self.spec)
         zero = torch.zeros((), device=weight.device).expand_as(scale)
-        return straight_through(weight, scale, zero, self.spec)
+        return straight_through(weight, scale, zero, self.spec.qmin, self.spec.qmax, self.spec.axis)
 
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(int8 weight, scale)``."""

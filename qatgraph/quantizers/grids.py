@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qatgraph.specs import QuantSpec, ScaleRule, Scheme
+from qatgraph.specs import DType, QuantSpec, ScaleRule, Scheme
 
+STORAGE = {DType.U8: torch.uint8, DType.S8: torch.int8, DType.S32: torch.int32}
 # A pair of one sign may sum to 128: 255 * 128 = 32640 fits the signed 16-bit sum of VPMADDUBSW, 255 * 129 does not.
 PAIR_LIMIT = 128
 # The proof (docs/decisions/pair-safe-scales.md) needs |a| + |b| < 128 after a float32 division: four ulp of head room.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Self
 
 import torch
 
@@ -19,6 +21,12 @@ class Observer(torch.nn.Module):
     def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """``(low, high)``, two scalars."""
         raise NotImplementedError
+
+    def fresh(self) -> Self:
+        """One of this kind that has seen nothing, on the same device and in the same precision."""
+        other = copy.deepcopy(self)
+        other.load_state_dict(type(self)().state_dict())
+        return other
 
 
 class MinMax(Observer):

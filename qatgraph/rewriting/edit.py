@@ -119,7 +119,7 @@ class Edit:
         if fake is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         with fake:
-            fakes = [fake.from_tensor(a) if type(a) is torch.Tensor else a for a in args]
+            fakes = [fake.from_tensor(a, static_shapes=True) if type(a) is torch.Tensor else a for a in args]
             return node.target(*fakes, **kwargs)  # type: ignore[operator]
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from qatgraph.errors import TrainError
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.progress import track
+from qatgraph.quantizers.fake_quantize import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,23 @@ def distill(
         The loss of each step.
 
     Raises:
-        TrainError: QG703 no batch, QG704 the loss is not finite.
+        TrainError: QG703 no batch, QG704 the loss or its gradient is not finite, QG705 every parameter is frozen,
+            QG706 the model has not been calibrated.
     """
     if not batches:
         raise TrainError("QG703", "there is no batch to train on", where="distill", todo="give at least one batch")
-    graph = Graph.of(qat)
+    graph = Graph.prepared(qat)
+    uncalibrated = next((n for n, m in qat.named_modules() if isinstance(m, FakeQuantize) and not m.on), None)
+    if uncalibrated is not None:
+        why = "a quantizer that is off passes values through, so nothing would be learned"
+        todo = "call qatgraph.calibrate(qat, batches) first"
+        raise TrainError("QG706", "the model has not been calibrated", where=uncalibrated, why=why, todo=todo)
+    parameters = [p for p in qat.parameters() if p.requires_grad]
+    if not parameters:
+        todo = "set requires_grad on what shall be trained, or lower the calibrated model as it is"
+        raise TrainError("QG705", "there is no parameter to train", where="distill", why="all are frozen", todo=todo)
     generator = torch.Generator().manual_seed(schedule.seed)
     torch.manual_seed(schedule.seed)
-    parameters = [p for p in qat.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate)
     modes = {m: m.training for m in [*qat.modules(), *teacher.modules()]}
@@ -72,17 +82,11 @@ def distill(
             with torch.no_grad():
                 wanted = teacher(*args, **kwargs)
             loss = relative_error(qat(*args, **kwargs), wanted)
-            if not math.isfinite(loss.item()):
-                raise TrainError(
-                    "QG704",
-                    f"the loss is {loss.item()} at step {step}",
-                    where=f"step {step}",
-                    why="the step before made a weight or an activation overflow, or the data contains NaN",
-                    todo="lower the learning rate, or look at the batch",
-                )
+            _check_finite("loss", loss, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
+            # before the step: one gradient that is not finite makes every clipped one, and so every weight, NaN
+            _check_finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, schedule.clip), step)
             optimizer.step()
             rates.step()
             losses.append(loss.item())
@@ -95,8 +99,19 @@ def distill(
 def relative_error(have: object, want: object) -> torch.Tensor:
     """Sum over the float outputs of ``|have - want|^2 / |want|^2``."""
     pairs = zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True)
-    terms = [(a - b).square().sum() / b.square().sum().clamp(min=1e-30) for a, b in pairs if b.is_floating_point()]
-    return torch.stack(terms).sum()
+    floats = [(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point()]
+    return torch.stack([(a - b).square().sum() / b.square().sum().clamp(min=1e-30) for a, b in floats]).sum()
+
+
+def _check_finite(what: str, value: torch.Tensor, step: int) -> None:
+    if not math.isfinite(value.item()):
+        raise TrainError(
+            "QG704",
+            f"the {what} is {value.item()} at step {step}",
+            where=f"step {step}",
+            why="a weight or an activation overflows, or the derivative does not exist there",
+            todo="lower the learning rate, or look at the batch",
+        )
 
 
 def _endless(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[Batch]:

@@ -1,0 +1,229 @@
+"""Parity: every region of a lowered file agrees with the reference, and each planted fault is found where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qatgraph import reference
+from qatgraph.backends import ort_cpu
+from qatgraph.conversion import convert
+from qatgraph.ir.graph import Graph
+from qatgraph.parity import FLOAT_LIMIT, RegionParity, RegionTap, compare_regions
+from qatgraph.proof import feed_of
+from qatgraph.reference import Array
+from tests.lowered import LOWERED, case_of, lowered, node, read, write
+
+Feeds = list[dict[str, Array]]
+
+
+@cache
+def converted(name: str) -> Graph:
+    """Read it, do not change it."""
+    return convert(Graph.of(lowered(name).qat))
+
+
+def taps_of(name: str, model: bytes, batches: Feeds) -> list[RegionTap]:
+    seen = ort_cpu.run_taps(*ort_cpu.tap(model, lowered(name).plan), batches)
+    return [tap for taps, _ in seen for tap in taps]
+
+
+def feeds(name: str) -> Feeds:
+    return [feed_of(converted(name), case_of(name).inputs(seed)) for seed in range(2)]
+
+
+@cache
+def taps(name: str) -> tuple[RegionTap, ...]:
+    return tuple(taps_of(name, lowered(name).file, feeds(name)))
+
+
+def compare(name: str, seen: Iterable[RegionTap]) -> dict[str, RegionParity]:
+    return compare_regions(converted(name), seen)
+
+
+def failures(found: dict[str, RegionParity]) -> dict[str, str]:
+    return {region: parity.failure for region, parity in found.items() if parity.failure}
+
+
+# ---------------------------------------------------------------- what is right agrees
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_every_region_of_the_file_agrees_with_the_reference(name: str) -> None:
+    found = compare(name, taps(name))
+    assert set(found) == {p.node for p in lowered(name).plan.predictions if p.int8}
+    assert failures(found) == {}
+    assert all(r.integers > 0 and r.elements > 0 for r in found.values())
+    assert all(r.steps == r.off == 0 for r in found.values())
+    assert all(r.float_rel <= FLOAT_LIMIT for r in found.values())
+
+
+def test_the_counts_are_those_of_all_batches() -> None:
+    (up, down), count = compare("mlp", taps("mlp")).values(), 2 * 4 * 32
+    assert (up.integers, up.elements) == (count, 2 * count)
+    assert (down.integers, down.elements) == (2 * count, count)
+
+
+# ---------------------------------------------------------------- faults in the file
+
+
+def operands(proto: Any, region: str) -> dict[str, str]:
+    """The constants of a region in the file, by role."""
+    behind = {o: n for n in proto.graph.node for o in n.output}
+    names = {n.name for n in proto.graph.node}
+    core = node(proto, next(f"{region}/{op}" for op in ort_cpu.CORES if f"{region}/{op}" in names))
+    if core.op_type == "Gather":
+        rows = next(n for n in proto.graph.node if core.output[0] in n.input)
+        return {"weight": core.input[0], "weight scale": rows.input[1]}
+    x, weight = (behind[value] for value in core.input[:2])
+    bias = behind[core.input[2]].input[0] if core.op_type == "Gemm" else node(proto, f"{region}/Add").input[1]
+    found = {"weight": weight.input[0], "weight scale": weight.input[1], "bias": bias}
+    found |= {"x scale": x.input[1], "x zero": x.input[2]}
+    return found | {f"quantize {part}": behind[x.input[0]].input[i] for i, part in ((1, "scale"), (2, "zero"))}
+
+
+def lowest_bit(weight: Array) -> Array:
+    """One bit of one weight, the smallest that there is."""
+    changed = weight.copy()
+    odd = tuple(np.argwhere((weight > 0) & (weight % 2 == 1))[0])
+    changed[odd] ^= 1
+    return changed
+
+
+def one_channel(scale: Array) -> Array:
+    changed = scale.copy().reshape(-1)
+    changed[len(changed) // 2] *= np.float32(1.001)
+    return changed.reshape(scale.shape)
+
+
+def one_more(value: Array) -> Array:
+    return value + value.dtype.type(1) if value.ndim == 0 else np.concatenate([value[..., :1] + 1, value[..., 1:]], -1)
+
+
+def planted(name: str, region: str, role: str, change: Callable[[Array], Array]) -> bytes:
+    proto = lowered(name).proto
+    constant = operands(proto, region)[role]
+    before = read(proto, constant)
+    after = change(before).astype(before.dtype)
+    assert after.shape == before.shape
+    assert not np.array_equal(after, before)
+    write(proto, constant, after)
+    return lowered(name).changed(proto).file
+
+
+FAULTS: dict[str, Callable[[Array], Array]] = {
+    "weight": lowest_bit,
+    "weight scale": one_channel,
+    "bias": one_more,
+    "x scale": one_channel,
+    "x zero": one_more,
+    "quantize scale": one_channel,
+    "quantize zero": one_more,
+}
+REGIONS = [
+    ("mlp", "up:linear"),
+    ("mlp", "down:linear"),
+    ("table", "layer.0.mlp.up:linear"),
+    ("gpt2", "c_proj:linear"),
+]
+PLANTED = [(*region, role) for region in REGIONS for role in FAULTS]
+PLANTED += [("table", "token:embedding", role) for role in ("weight", "weight scale")]
+
+
+@pytest.mark.parametrize(("name", "region", "role"), PLANTED)
+def test_a_fault_in_the_file_is_found_in_its_region_and_nowhere_else(name: str, region: str, role: str) -> None:
+    batches = feeds(name)
+    if region == "token:embedding":  # look up the whole table, so that the changed row is among them
+        rows = np.arange(50, dtype=np.int64).reshape(2, 25)
+        batches = [{"input_ids": rows, "attention_mask": np.ones_like(rows)}]
+    found = failures(compare(name, taps_of(name, planted(name, region, role, FAULTS[role]), batches)))
+    assert list(found) == [region]
+    kind = "integers" if role.startswith("quantize") or (region, role) == ("token:embedding", "weight") else "float"
+    assert kind in found[region]
+
+
+# ---------------------------------------------------------------- faults in what the engine saw
+
+CHANGES: dict[str, Callable[[RegionTap], RegionTap]] = {
+    "one wrong integer": lambda t: replace(t, integers=t.integers ^ np.eye(4, 64, 63, np.uint8)),
+    "one integer of another border": lambda t: replace(t, border=t.border + np.eye(4, 64, 63, np.float32)),
+    "an output beyond the limit": lambda t: replace(t, out=t.out + 2 * FLOAT_LIMIT * np.abs(t.out).max()),
+    "NaN": lambda t: replace(t, out=np.full_like(t.out, np.nan)),
+    "infinity": lambda t: replace(t, out=np.full_like(t.out, np.inf)),
+    "a missing row of integers": lambda t: replace(t, integers=t.integers[:-1]),
+    "a missing column of integers": lambda t: replace(t, integers=t.integers[:, :-1]),
+    "one row for all": lambda t: replace(t, integers=t.integers[:1]),
+    "a missing column of outputs": lambda t: replace(t, out=t.out[:, :-1]),
+    "an output that would broadcast": lambda t: replace(t, out=t.out[:1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fault_in_one_batch_is_kept_and_named(change: str) -> None:
+    seen = list(taps("mlp"))
+    assert [t.node for t in seen] == ["up:linear", "down:linear"] * 2
+    seen[1] = CHANGES[change](seen[1])
+    assert list(failures(compare("mlp", seen))) == ["down:linear"]
+
+
+def test_an_output_within_the_limit_passes() -> None:
+    first, *_ = taps("mlp")
+    near = replace(first, out=first.out + np.float32(0.3 * FLOAT_LIMIT) * np.abs(first.out).max())
+    assert 0 < compare("mlp", [near])["up:linear"].float_rel < FLOAT_LIMIT
+    assert failures(compare("mlp", [near])) == {}
+
+
+@pytest.mark.parametrize("what", ["integers", "out"])
+def test_another_shape_is_said_in_words(what: str) -> None:
+    first, *_ = taps("mlp")
+    fault = replace(first, integers=first.integers[:2]) if what == "integers" else replace(first, out=first.out[:2])
+    (text,) = failures(compare("mlp", [fault])).values()
+    assert text.startswith("integers of shape [2, 32]" if what == "integers" else "outputs of shape [2, 64]")
+
+
+def test_two_regions_that_changed_places_are_found() -> None:
+    query, key = "layer.0.attention.query:linear", "layer.0.attention.key:linear"
+    turned = {query: key, key: query}
+    seen = [replace(t, node=turned.get(t.node, t.node)) for t in taps("table")]
+    assert set(failures(compare("table", seen))) == {query, key}
+
+
+# ---------------------------------------------------------------- faults in the reference
+
+
+def half_away(x: Array, scale: Array, zero_point: Array) -> Array:
+    span, raw = np.iinfo(zero_point.dtype), x / scale
+    rounded = np.trunc(raw + np.copysign(np.float32(0.5), raw)) + np.float32(zero_point)
+    wrong: Array = np.clip(rounded, span.min, span.max).astype(zero_point.dtype)
+    return wrong
+
+
+def test_rounding_half_away_from_zero_is_found_at_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = np.float32(next(b for n, b in converted("erf-gelu").module.named_buffers() if n.endswith("x/scale")))
+    values = (np.arange(-60, 60, dtype=np.float32) + np.float32(0.5)) * scale
+    ties = values[np.abs(values / scale % 1) == 0.5]
+    assert len(ties) > 32
+    seen = taps_of("erf-gelu", lowered("erf-gelu").file, [{"x": np.resize(ties, (4, 32))}])
+    assert failures(compare("erf-gelu", seen)) == {}
+    monkeypatch.setattr(reference, "quantize", half_away)
+    (parity,) = compare("erf-gelu", seen).values()
+    assert (parity.node, parity.steps) == ("fc:linear", 1)
+    assert parity.failure == f"{parity.off} of 128 integers differ, by up to 1 steps"
+    assert failures(compare("mlp", taps("mlp"))) == {}  # no tie, no difference: ordinary data would not tell
+
+
+def test_a_bias_in_other_units_than_the_accumulator_is_found() -> None:
+    """The engine adds the raw integers: a file with such a bias runs, and is wrong."""
+    qdq = converted("mlp").clone()
+    path = next(n for n, _ in qdq.module.named_buffers() if "down" in n and n.endswith("bias/scale"))
+    owner, _, leaf = path.rpartition(".")
+    scale = qdq.module.get_submodule(owner).get_buffer(leaf)
+    qdq.module.get_submodule(owner).register_buffer(leaf, scale * torch.tensor(1.01))
+    assert list(failures(compare_regions(qdq, taps("mlp")))) == ["down:linear"]
+    assert failures(compare("mlp", taps("mlp"))) == {}
