@@ -1,0 +1,188 @@
+"""How the forms of a target's rows are written, each an edit of the exported model around one of our nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
+
+
+def _as_matmul(model: Any, nodes: list[Any], bias: str) -> None:
+    """DQ(w[N,K]) -> Transpose -> MatMul -> Add(b) becomes DQ(w[K,N]) -> MatMul -> Add(b of the wanted shape).
+
+    At rank 2 and without a bias the exporter writes Gemm, which becomes the same.
+    """
+    matmul = next(n for n in nodes if n.op_type in ("MatMul", "Gemm"))
+    dequantize = matmul.inputs[1].producer()
+    if dequantize.op_type == "Transpose":
+        dequantize = dequantize.inputs[0].producer()
+    weight = dequantize.inputs[0]
+    turned = np.ascontiguousarray(weight.const_value.numpy().T)
+    dequantize.replace_input_with(0, initializer(model, f"{weight.name}/transposed", turned))
+    if dequantize.inputs[1].shape.rank():
+        dequantize.attributes["axis"] = _int_attribute("axis", 1)
+    dequantize.outputs[0].shape = None
+    matmul.replace_input_with(1, dequantize.outputs[0])
+    if matmul.op_type == "Gemm":
+        matmul.op_type, matmul.name = "MatMul", matmul.name.removesuffix("/Gemm") + "/MatMul"
+        matmul.attributes.clear()
+    if bias == "row":
+        add = _the(nodes, "Add")
+        index = next(i for i, value in enumerate(add.inputs) if value.const_value is not None)
+        vector = add.inputs[index]
+        rank = add.outputs[0].shape.rank()
+        row = vector.const_value.numpy().reshape([1] * (rank - 1) + [-1])
+        add.replace_input_with(index, initializer(model, f"{vector.name}/row{rank}", row))
+
+
+def _as_sum(model: Any, nodes: list[Any], bias: str) -> None:
+    add = _the(nodes, "Add")
+    add.op_type = "Sum"
+    add.name = add.name.removesuffix("/Add") + "/Sum"
+
+
+def _as_max(model: Any, nodes: list[Any], bias: str) -> None:
+    """Relu -> Max(x, 0)."""
+    import onnx_ir as ir
+
+    relu = _the(nodes, "Relu")
+    name = relu.name.removesuffix("/Relu") + "/Max"
+    zero = initializer(model, f"{name}/zero", np.zeros((), np.float32))
+    new = ir.Node("", "Max", [relu.inputs[0], zero], num_outputs=1, name=name)
+    new.outputs[0].dtype, new.outputs[0].shape = relu.outputs[0].dtype, relu.outputs[0].shape
+    ir.convenience.replace_nodes_and_values(model.graph, relu, [relu], [new], relu.outputs, new.outputs)
+
+
+def _as_attention(model: Any, nodes: list[Any], bias: str) -> None:
+    attention = _the(nodes, "Attention")
+    _pack_heads(attention)
+    _write_mask_out(model, attention)
+
+
+def _pack_heads(attention: Any) -> None:
+    """Attention over ``[batch, length, heads * width]``: drop the reshapes and transposes around it, if they are there.
+
+    The kernel splits the heads itself; bit-equal, and 11 % of MiniLM's time (docs/decisions/attention-heads.md).
+    """
+    import onnx_ir as ir
+
+    query, key, value = attention.inputs[:3]
+    packed = [_packed(v) for v in (query, key, value)]
+    merged = _reader(attention.outputs[0], "Transpose")
+    joined = _reader(merged.outputs[0], "Reshape") if merged is not None else None
+    if joined is None or joined.outputs[0].is_graph_output() or any(v is None for v in packed):
+        return
+    whole = [query.shape[0], query.shape[2], query.shape[1] * value.shape[3]]
+    if not _same(joined.outputs[0].shape, whole) or list(merged.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return
+    for name, split in (("q_num_heads", query), ("kv_num_heads", key)):
+        attention.attributes[name] = ir.AttrInt64(name, split.shape[1])
+    for i, source in enumerate(packed):
+        attention.replace_input_with(i, source)
+    attention.outputs[0].shape = joined.outputs[0].shape
+    ir.convenience.replace_all_uses_with(joined.outputs[0], attention.outputs[0])
+
+
+def _packed(value: Any) -> Any:
+    """The ``[batch, length, heads * width]`` value behind Reshape -> Transpose(0, 2, 1, 3), or None."""
+    transpose = value.producer()
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    reshape = transpose.inputs[0].producer()
+    if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or reshape is None or reshape.op_type != "Reshape":
+        return None
+    batch, heads, length, width = value.shape
+    if not (isinstance(heads, int) and isinstance(width, int)):
+        return None
+    source = reshape.inputs[0]
+    return source if _same(source.shape, [batch, length, heads * width]) else None
+
+
+def _same(shape: Any, sizes: list[Any]) -> bool:
+    """Whether all sizes are known and equal: a reshape may also cut the length into chunks, or join samples."""
+    if shape is None or shape.rank() != len(sizes):
+        return False
+    return all(str(a) == str(b) != "None" for a, b in zip(shape, sizes, strict=True))
+
+
+def _write_mask_out(model: Any, attention: Any) -> None:
+    """Give a mask that is the same for all queries its rows: ORT's kernel refuses to broadcast it over them."""
+    import onnx_ir as ir
+
+    mask = attention.inputs[3] if len(attention.inputs) > 3 else None
+    if mask is None or mask.shape[-2] != 1:
+        return
+    stem, axis = attention.name.removesuffix("/Attention"), attention.inputs[0].shape.rank() - 2
+    ends = {"start": ir.AttrInt64("start", axis), "end": ir.AttrInt64("end", axis + 1)}
+    length = ir.Node("", "Shape", attention.inputs[:1], ends, num_outputs=1, name=f"{stem}/Shape")
+    one = initializer(model, f"{stem}/Concat/one", np.ones(1, np.int64))
+    rows = ir.Node("", "Concat", [length.outputs[0], one], {"axis": ir.AttrInt64("axis", 0)}, name=f"{stem}/Concat")
+    full = ir.Node("", "Expand", [mask, rows.outputs[0]], num_outputs=1, name=f"{stem}/Expand")
+    model.graph.insert_before(attention, [length, rows, full])
+    attention.replace_input_with(3, full.outputs[0])
+
+
+def _reader(value: Any, op_type: str) -> Any:
+    """The one node that reads the value, if it is of this type."""
+    readers = list(value.uses())
+    return readers[0].node if len(readers) == 1 and readers[0].node.op_type == op_type else None
+
+
+def part_from_quantize(model: Any) -> None:
+    """Put a ``Sum`` of one operand between an int8 product and a quantize.
+
+    The rows promise a kernel that writes float; with a quantize behind it ORT takes one that writes integers, and
+    rounds in another way.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.op_type in ("MatMul", "Gemm") else None
+        if source is None or source.op_type != "DequantizeLinear" or not _meets_quantize(node.outputs[0]):
+            continue
+        result, name = node.outputs[0], f"{node.name.rpartition('/')[0]}/Sum"
+        copy = ir.Node("", "Sum", [result], num_outputs=1, name=name)
+        copy.outputs[0].dtype, copy.outputs[0].shape = result.dtype, result.shape
+        for reader, index in [use for use in result.uses() if use.node is not copy]:
+            reader.replace_input_with(index, copy.outputs[0])
+        model.graph.insert_after(node, copy)
+
+
+def _meets_quantize(value: Any) -> bool:
+    """Whether ORT finds a quantize behind the value; it moves one up past operations that only move elements."""
+    readers = [use.node for use in value.uses()]
+    return any(r.op_type == "QuantizeLinear" or (r.op_type in MOVES and _meets_quantize(r.outputs[0])) for r in readers)
+
+
+# How the forms of a target's rows are written; a form that is not here is what the exporter writes anyway.
+FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
+    "matmul": _as_matmul,
+    "sum": _as_sum,
+    "max": _as_max,
+    "packed-heads": _as_attention,
+}
+
+
+def _the(nodes: list[Any], op_type: str) -> Any:
+    return next(n for n in nodes if n.op_type == op_type)
+
+
+def initializer(model: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
+    import onnx_ir as ir
+
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    model.graph.initializers[name] = value
+    return value
+
+
+def _int_attribute(name: str, value: int) -> Any:
+    import onnx_ir as ir
+
+    return ir.AttrInt64(name, value)
