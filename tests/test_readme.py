@@ -36,7 +36,10 @@ def section(text: str, name: str) -> str:
 def test_table_is_current(name: str, request: pytest.FixtureRequest) -> None:
     text = README.read_text(encoding="utf-8")
     if request.config.getoption("--golden-write"):
-        README.write_text(text.replace(section(text, name), TABLES[name]()), encoding="utf-8")
+        between = f"<!-- {name} -->\n{{}}\n<!-- end -->"
+        README.write_text(
+            text.replace(between.format(section(text, name)), between.format(TABLES[name]())), encoding="utf-8"
+        )
         return
     assert section(text, name) == TABLES[name]()
 
