@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qatgraph.ir.meta import has_record, value_of
+from qatgraph.ir.meta import value_of
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import RewritePass, same
@@ -17,10 +17,10 @@ from qatgraph.rewriting.pattern import Any, Match, Op, Refusal
 class MarkResidualAdd(RewritePass):
     """Tell the sum of two activations from the addition of a constant.
 
-    What: an ``add`` of two computed float tensors becomes of kind ``residual_add``.
+    What: an ``add`` of two float tensors that are computed, or inputs of the model, becomes of kind ``residual_add``.
     Why: targets treat it apart: it joins two grids, and some engines fuse it to slower kernels.
     Before and after: ``layer.0.output:add`` becomes ``layer.0.output:residual_add``.
-    Refuses: an operand that is a parameter, an input or not a float tensor; a scaled add.
+    Refuses: an operand that is a parameter or not a float tensor; a scaled add.
     Numerics: same.
     """
 
@@ -32,8 +32,8 @@ class MarkResidualAdd(RewritePass):
     def check(self, match: Match) -> Refusal | None:
         for name in ("x", "y"):
             value = value_of(match[name])
-            if not has_record(match[name]):
-                return match.refuse(f"'{match[name].name}' is not computed")
+            if match[name].op == "get_attr":
+                return match.refuse(f"'{match[name].name}' is a constant")
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 return match.refuse(f"'{match[name].name}' is not a float tensor")
         return match.refuse("it scales an operand (alpha)") if match["add"].kwargs else None

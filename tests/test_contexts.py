@@ -78,3 +78,21 @@ def test_two_linears_are_proved_whatever_stands_between(between: str, rank: int,
     report.check()
     assert report.kernels["planned"] == report.parity["regions"] == 2
     assert {k.kernel for k in ort_cpu.audit(found.file) if k.int8} <= {"QGemm", "MatMulIntegerToFloat"}
+
+
+class PostNorm(torch.nn.Module):
+    """``norm(x + fc(x))``: one side of the residual is the input of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = torch.nn.Linear(32, 32), torch.nn.LayerNorm(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(x + self.fc(x))
+        return y
+
+
+def test_a_residual_of_the_input_keeps_the_layer_norm_apart(tmp_path: Path) -> None:
+    found = lower(Case(PostNorm, lambda seed: floats(4, 3, 32, seed=seed), {"x": BATCH}))
+    verify(found, tmp_path, [floats(4, 3, 32, seed=3)]).check()
+    assert {"Sum", "LayerNormalization"} <= {k.kernel for k in ort_cpu.audit(found.file)}

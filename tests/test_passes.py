@@ -343,8 +343,14 @@ def test_the_sum_of_two_activations_is_a_residual_add() -> None:
     assert refused == {}
 
 
+def test_an_input_of_the_model_may_be_one_side_of_a_residual() -> None:
+    """``norm(x + fc(x))``: written as Add, ONNX Runtime would fuse it to SkipLayerNormalization."""
+    after, refused = rewritten("mark-residual-add", of(lambda x: torch.relu(x) + x))
+    assert lines(after)[-1] == "Function:residual_add = residual_add(Function:relu, x)"
+    assert refused == {}
+
+
 NO_RESIDUALS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "an input": (lambda x: torch.relu(x) + x, "'x' is not computed"),
     "scaled": (lambda x: torch.add(torch.relu(x), torch.tanh(x), alpha=2), "it scales an operand (alpha)"),
     "integers": (lambda x: torch.argmax(x, 1) + torch.argmin(x, 1), "'argmax' is not a float tensor"),
 }
@@ -371,7 +377,7 @@ def test_a_number_or_a_parameter_is_no_residual() -> None:
     assert "residual_add" not in kinds(rewritten("mark-residual-add", of(lambda x: torch.relu(x) + 1.0))[0])
     after, refused = rewritten("mark-residual-add", qg.capture(Shift(), X))
     assert "residual_add" not in kinds(after)
-    assert refused == {"Shift:add": "'shift' is not computed"}
+    assert refused == {"Shift:add": "'shift' is a constant"}
 
 
 # ---------------------------------------------------------------- pin-layer-norm
