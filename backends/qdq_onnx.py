@@ -7,18 +7,18 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qatgraph.backends.onnx_forms import FORMS, initializer, part_from_quantize
+from qatgraph.backends.translations import trace_inlined, translations
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph, GraphInfo, export_shapes
 from qatgraph.ir.meta import NodeRecord
 from qatgraph.ir.names import Namer
-from qatgraph.operators import DEQUANTIZE, QUANTIZE
 from qatgraph.planning.plan import Plan
 
 SCALED = ("QuantizeLinear", "DequantizeLinear")
@@ -91,13 +91,13 @@ def _export(graph: Graph, opset: int) -> Any:
     info = graph.info
     shapes = export_shapes(graph.module, info.args, info.kwargs, info.dims)
     try:
-        with quiet():
+        with quiet(), torch.no_grad():  # with gradients attention may take another kernel, of another memory layout
             program = torch.export.export(graph.module, info.args, info.kwargs, dynamic_shapes=shapes)
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=_translations(opset),
+                custom_translation_table=translations(opset),
                 input_names=list(info.inputs),
                 dynamic_shapes=shapes,
                 optimize=False,
@@ -106,6 +106,7 @@ def _export(graph: Graph, opset: int) -> Any:
     except Exception as error:
         raise _refused(error, info) from error
     assert onnx_program is not None
+    trace_inlined(onnx_program)
     return onnx_program.model
 
 
@@ -117,27 +118,15 @@ def _refused(error: BaseException, info: GraphInfo) -> LowerError:
         if error.__cause__ is None:
             break
         error = error.__cause__
+    known = operator is None or operator[1].startswith(("aten.", "prims.", "qatgraph."))
+    own = "give it an ONNX form: qatgraph.register_operation(operation, onnx=...)"
     return LowerError(
         "QG503",
         f"torch's ONNX exporter refuses {info.root}",
         where=operator[1] if operator else info.root,
         why=": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]),
-        todo="write this operation in another way in the model",
+        todo="write this operation in another way in the model" if known else own,
     )
-
-
-def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    import importlib
-
-    op: Any = getattr(importlib.import_module("onnxscript"), f"opset{opset}")
-
-    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point)
-
-    def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
-
-    return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
 
 
 @contextlib.contextmanager

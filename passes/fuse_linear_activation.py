@@ -4,43 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
-from qatgraph.ir.graph import Graph
-from qatgraph.ir.meta import has_record, record
+from qatgraph.ir.meta import record
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
-from qatgraph.rewriting.passes import GraphPass, same
-from qatgraph.rewriting.pattern import Refusal
-
-ACTIVATIONS = frozenset({"gelu", "relu", "tanh"})
+from qatgraph.rewriting.passes import RewritePass, same
+from qatgraph.rewriting.pattern import Any, Match, Op, Refusal
 
 
 @dataclass(frozen=True)
-class FuseLinearActivation(GraphPass):
+class FuseLinearActivation(RewritePass):
     """Group a linear with the activation that alone reads it.
 
     What: both nodes get one region.
     Why: targets decide on the pair (an engine may fuse bias and activation), and plans read better by region.
     Before and after: the arithmetic stays; ``linear`` and ``gelu`` carry ``@…:linear+gelu``.
-    Refuses: a linear that something else reads too.
+    Refuses: a linear that something else reads too, or that has a region already.
     Numerics: same.
     """
 
     name = "fuse-linear-activation"
     stage = Stage.CAPTURED
     numerics = same
+    pattern = Op("gelu|relu|tanh", Op("linear", Any(), name="linear"), name="act")
 
-    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
-        refusals = []
-        for node in graph.nodes:
-            source = node.args[0] if node.args else None
-            if record(node).kind not in ACTIVATIONS or not isinstance(source, fx.Node):
-                continue
-            if not has_record(source) or record(source).kind != "linear" or record(source).region:
-                continue
-            if len(source.users) > 1:
-                refusals.append(Refusal(record(node).name, f"'{record(source).name}' has {len(source.users)} users"))
-                continue
-            edit.group(record(node).kind, source, node)
-        return refusals
+    def check(self, match: Match) -> Refusal | None:
+        users = len(match["linear"].users)
+        if users > 1:
+            return match.refuse(f"'{record(match['linear']).name}' has {users} users")
+        return match.refuse("the linear has a region") if record(match["linear"]).region else None
+
+    def rewrite(self, match: Match, edit: Edit) -> None:
+        edit.group(record(match["act"]).kind, match["linear"], match["act"])

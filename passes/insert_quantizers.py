@@ -15,7 +15,6 @@ from qatgraph.planning.plan import Plan, Quantizer
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import GraphPass, same
-from qatgraph.rewriting.pattern import Refusal
 from qatgraph.specs import ScaleRule
 
 
@@ -35,14 +34,13 @@ class InsertQuantizers(GraphPass):
     numerics = same
     plan: Any = field(default=None)
 
-    def apply(self, graph: Graph, edit: Edit) -> list[Refusal]:
+    def apply(self, graph: Graph, edit: Edit) -> None:
         plan: Plan = self.plan
         nodes = {record(n).name: n for n in graph.nodes}
         for quantizer in plan.quantizers:
             if quantizer.spec.scale is ScaleRule.DERIVED:
                 continue  # a derived bias follows its accumulator at conversion
             _insert(quantizer, nodes, edit)
-        return []
 
 
 def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None:

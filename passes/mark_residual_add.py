@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qatgraph.ir.meta import value_of
+from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import RewritePass, same
@@ -30,6 +30,8 @@ class MarkResidualAdd(RewritePass):
     pattern = Op("add", Any("x"), Any("y"), name="add")
 
     def check(self, match: Match) -> Refusal | None:
+        if record(match["add"]).region:
+            return match.refuse("it is a part of a region")
         for name in ("x", "y"):
             value = value_of(match[name])
             if match[name].op == "get_attr":

@@ -19,5 +19,5 @@ class PinAttention(PinKind):
     """
 
     name = "pin-attention"
-    kind = "attention"
+    kinds = ("attention",)
     why = "scores and softmax over {shape} stay in float: a mask of -inf ruins any grid that it enters"

@@ -19,5 +19,5 @@ class PinLayerNorm(PinKind):
     """
 
     name = "pin-layer-norm"
-    kind = "layer_norm"
+    kinds = ("layer_norm",)
     why = "its variance squares the outliers of {shape}; tools that quantize it lose 0.2 cosine on MiniLM"

@@ -19,5 +19,5 @@ class PinSoftmax(PinKind):
     """
 
     name = "pin-softmax"
-    kind = "softmax"
+    kinds = ("softmax", "safe_softmax")
     why = "its results over {shape} span e^x: a uniform 8-bit grid rounds most of them to zero"

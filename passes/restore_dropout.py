@@ -11,7 +11,7 @@ from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.passes import RewritePass, same
-from qatgraph.rewriting.pattern import Any, Match, Number, Op, Refusal
+from qatgraph.rewriting.pattern import Any, Match, Op, Refusal
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RestoreDropout(RewritePass):
     name = "restore-dropout"
     stage = Stage.CAPTURED
     numerics = same
-    pattern = Op("dropout", Any("x"), Number(None), name="dropout")
+    pattern = Op("dropout", Any("x"), name="dropout", where={"p": lambda p: p is not None})  # a module has none
 
     def check(self, match: Match) -> Refusal | None:
         return match.refuse("it drops in evaluation mode too") if match["dropout"].args[2] else None
@@ -37,6 +37,6 @@ class RestoreDropout(RewritePass):
     def rewrite(self, match: Match, edit: Edit) -> None:
         node = match["dropout"]
         path = attribute_path(record(node).module, record(node).name.rpartition(":")[2])
-        rate = float(node.args[1])  # type: ignore[arg-type]
+        rate = float(node.args[1])
         new = edit.module(path, torch.nn.Dropout(rate).eval(), match["x"], at=node, near=node, kind="dropout")
         edit.replace(node, new)

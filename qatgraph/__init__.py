@@ -24,31 +24,42 @@ if TYPE_CHECKING:
     from qatgraph.errors import QatgraphError
     from qatgraph.ir.graph import Graph
     from qatgraph.job import JobData
+    from qatgraph.operators import OnnxOp, register_operation
+    from qatgraph.pattern_code import Code, Weight
     from qatgraph.planning.constraints import Constraint, pin
     from qatgraph.planning.plan import Plan
     from qatgraph.planning.recipe import Override, Recipe
     from qatgraph.planning.target import Target
     from qatgraph.report.report import Report
+    from qatgraph.rewriting.bisect import bisect
     from qatgraph.rewriting.edit import Edit
     from qatgraph.rewriting.manager import PassManager
-    from qatgraph.rewriting.passes import GraphPass, PlanningPass, RewritePass, same, within
+    from qatgraph.rewriting.passes import GraphPass, PlanningPass, RewritePass, changes_grid, same, within
+    from qatgraph.rewriting.pattern import Alt, Const, Group, Match, Moved, Number, Op, Opt
     from qatgraph.rewriting.pattern import Any as AnyValue
-    from qatgraph.rewriting.pattern import Const, Match, Number, Op
+    from qatgraph.rewriting.pipeline import Pipeline
     from qatgraph.training.loop import distill
 
 _HOME = {
+    "Alt": "rewriting.pattern",
     "AnyValue": "rewriting.pattern:Any",
+    "Code": "pattern_code",
     "Const": "rewriting.pattern",
     "Constraint": "planning.constraints",
     "Edit": "rewriting.edit",
     "Graph": "ir.graph",
     "GraphPass": "rewriting.passes",
+    "Group": "rewriting.pattern",
     "JobData": "job",
     "Match": "rewriting.pattern",
+    "Moved": "rewriting.pattern",
     "Number": "rewriting.pattern",
+    "OnnxOp": "operators",
     "Op": "rewriting.pattern",
+    "Opt": "rewriting.pattern",
     "Override": "planning.recipe",
     "PassManager": "rewriting.manager",
+    "Pipeline": "rewriting.pipeline",
     "Plan": "planning.plan",
     "PlanningPass": "rewriting.passes",
     "QatgraphError": "errors",
@@ -56,32 +67,43 @@ _HOME = {
     "Report": "report.report",
     "RewritePass": "rewriting.passes",
     "Target": "planning.target",
+    "Weight": "pattern_code",
+    "bisect": "rewriting.bisect",
     "calibrate": "api",
     "canonicalize": "api",
     "capture": "api",
+    "changes_grid": "rewriting.passes",
     "distill": "training.loop",
     "lower": "api",
     "pin": "planning.constraints",
     "plan": "api",
     "prepare": "api",
+    "register_operation": "operators",
     "same": "rewriting.passes",
     "verify": "api",
     "within": "rewriting.passes",
 }
 
 __all__ = [
+    "Alt",
     "AnyValue",
+    "Code",
     "Const",
     "Constraint",
     "Edit",
     "Graph",
     "GraphPass",
+    "Group",
     "JobData",
     "Match",
+    "Moved",
     "Number",
+    "OnnxOp",
     "Op",
+    "Opt",
     "Override",
     "PassManager",
+    "Pipeline",
     "Plan",
     "PlanningPass",
     "QatgraphError",
@@ -89,14 +111,18 @@ __all__ = [
     "Report",
     "RewritePass",
     "Target",
+    "Weight",
+    "bisect",
     "calibrate",
     "canonicalize",
     "capture",
+    "changes_grid",
     "distill",
     "lower",
     "pin",
     "plan",
     "prepare",
+    "register_operation",
     "same",
     "verify",
     "within",

@@ -11,8 +11,9 @@ from qatgraph.errors import PlanError, TargetError, VerifyError
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
 
-    from qatgraph.frontend import DynamicShapes
+    from qatgraph.frontend.inputs import DynamicShapes
     from qatgraph.ir.graph import Batch, Graph
     from qatgraph.planning.plan import Plan
     from qatgraph.planning.recipe import Recipe
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def capture(
-    model: torch.nn.Module,
-    inputs: Batch,
+    model: torch.nn.Module | ExportedProgram,
+    inputs: Batch | None = None,
     dynamic_shapes: DynamicShapes | None = None,
     *,
     output_names: tuple[str, ...] | None = None,
     share_with: Graph | None = None,
 ) -> Graph:
-    """Trace a model into a graph; see ``qatgraph.frontend.capture``."""
+    """Trace a model into a graph, or take over an exported program; see ``qatgraph.frontend.capture``."""
     from qatgraph.frontend import capture as run
 
     return run(model, inputs, dynamic_shapes, output_names=output_names, share_with=share_with)

@@ -37,7 +37,9 @@ class CaptureError(QatgraphError):
 
 
 class PassError(QatgraphError):
-    """QG2xx: a pass is unknown, broke its contract, or failed."""
+    """QG2xx: a pass is unknown, broke its contract, or failed; ``diff`` is then what it did to the graph's text."""
+
+    diff: str = ""
 
 
 class PlanError(QatgraphError):

@@ -56,11 +56,11 @@ def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch
 
 
 def _honoured(prediction: Prediction, have: Iterable[KernelNode]) -> bool:
-    """One node runs the kernel in the predicted precision, and none runs in the other."""
+    """One node runs the kernel in the predicted precision, and none runs in the other; no kernel is no promise."""
     kernels = prediction.kernel.split("|")
     right = [n for n in have if (not prediction.kernel or n.kernel in kernels) and n.int8 == prediction.int8]
     wrong = [n for n in have if n.int8 and not prediction.int8]
-    return bool(right) and not wrong
+    return (bool(right) or not prediction.kernel) and not wrong
 
 
 def _wanted(prediction: Prediction) -> str:

@@ -26,20 +26,22 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("matmul", ("aten.matmul.default", "aten.mm.default", "aten.bmm.default"), ("x", "y")),
     OpKind("embedding", ("aten.embedding.default",), ("weight", "indices")),
     OpKind("layer_norm", ("aten.layer_norm.default",), ("x", "shape", "weight", "bias", "eps")),
-    OpKind("softmax", ("aten.softmax.int", "aten._softmax.default"), ("x", "dim")),
+    OpKind("rms_norm", ("aten.rms_norm.default",), ("x", "shape", "weight", "eps")),
+    OpKind("group_norm", ("aten.group_norm.default",), ("x", "groups", "weight", "bias", "eps")),
+    OpKind("batch_norm", ("aten.batch_norm.default",), ("x", "weight", "bias", "mean", "variance")),
+    OpKind("conv1d", ("aten.conv1d.default",), ("x", "weight", "bias")),
+    OpKind("conv2d", ("aten.conv2d.default",), ("x", "weight", "bias")),
+    OpKind("conv3d", ("aten.conv3d.default",), ("x", "weight", "bias")),
+    OpKind("conv_transpose1d", ("aten.conv_transpose1d.default",), ("x", "weight", "bias")),
+    OpKind("conv_transpose2d", ("aten.conv_transpose2d.input",), ("x", "weight", "bias")),
+    OpKind("softmax", ("aten.softmax.int",), ("x", "dim")),
+    OpKind("safe_softmax", ("aten._safe_softmax.default",), ("x", "dim")),
     OpKind("attention", ("aten.scaled_dot_product_attention.default",), ("query", "key", "value", "mask")),
     OpKind("gelu", ("aten.gelu.default",)),
+    OpKind("silu", ("aten.silu.default",)),
     OpKind("relu", ("aten.relu.default",)),
-    OpKind(
-        "clamp",
-        (
-            "aten.clamp.default",
-            "aten.clamp_min.default",
-            "aten.clamp_max.default",
-            "aten.hardtanh.default",
-            "aten.relu6.default",
-        ),
-    ),
+    OpKind("clamp", ("aten.clamp.default",), ("x", "min", "max")),
+    OpKind("sigmoid", ("aten.sigmoid.default",)),
     OpKind("tanh", ("aten.tanh.default",)),
     OpKind("erf", ("aten.erf.default",)),
     OpKind("add", ("aten.add.Tensor",), ("x", "y"), commutes=True),
@@ -61,7 +63,7 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("unsqueeze", ("aten.unsqueeze.default",), keeps_grid=True),
     OpKind(
         "transpose",
-        ("aten.transpose.int", "aten.permute.default", "aten.t.default"),
+        ("aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.numpy_T.default"),
         keeps_grid=True,
     ),
 )
@@ -73,11 +75,24 @@ REFINED: dict[str, str] = {"residual_add": "add"}
 
 
 def kind_of_target(target: str) -> str:
-    """The kind of an ATen overload such as ``aten.linear.default``; unknown ones name themselves."""
+    """The kind of an overload such as ``aten.linear.default``; unknown ones name themselves."""
     known = BY_TARGET.get(target)
     if known is not None:
         return known.name
-    return target.removeprefix("aten.").split(".")[0].lstrip("_") or target  # relu_ writes its input: not relu
+    if target.count(".") == 2 and not target.startswith("aten."):
+        return target.rpartition(".")[0]  # of a user's library: mylib.swish
+    if target.startswith("<"):  # Python's own: getitem takes one of several results, the others compute sizes
+        name = target.split("function ")[-1].split()[0].strip("<>")
+        return name if name == "getitem" else f"sym_{name.removeprefix('sym_')}"
+    name = target.removeprefix("aten.").split(".")[0]
+    if name.startswith("__"):
+        return name.strip("_") or target  # __and__ is and
+    return name.removeprefix("_") or target  # relu_ writes into its input: it is not relu
+
+
+def add_kind(kind: OpKind) -> None:
+    """Enter an operation of a user's library into the table."""
+    BY_NAME[kind.name] = kind  # its target names itself: see kind_of_target
 
 
 def roles_of(kind: str) -> tuple[str, ...]:

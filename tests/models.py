@@ -1,4 +1,5 @@
-"""Tiny models with the shapes of real ones, and their captures. ``ZOO`` holds them by name.
+"""Tiny models with the shapes of real ones, and their captures. ``ZOO`` holds them by name, ``RAW`` those that only the
+passes can read, and ``MODELS`` all.
 
 ``ZOO["encoder"].capture()`` is a graph of your own; ``captured("encoder")`` and ``canonical("encoder")`` are made once
 and shared by all tests: read them, run passes over them, but never train them.
@@ -17,7 +18,8 @@ from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 
 import qatgraph as qg
-from qatgraph.ir.graph import Batch, Graph
+from qatgraph.ir.graph import Batch, Graph, bind
+from tests.blocks import Clip, Cnn, Llama, Written
 
 WIDTH, HEADS, VOCABULARY, MAX_LENGTH = 32, 2, 50, 64
 BATCH, LENGTH = {0: "batch"}, {0: "batch", 1: Dim("length", max=MAX_LENGTH)}
@@ -153,11 +155,15 @@ def padded(batch: int, length: int, seed: int = 0) -> Batch:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its example inputs (by seed) and its moving axes. ``model()`` has the same weights each time."""
+    """A model, its example inputs (by seed) and its moving axes. ``model()`` has the same weights each time.
+
+    ``decomposed``: it is captured from a program that torch has taken apart to core ATen.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Batch]
     dynamic: dict[str, Any] = field(default_factory=dict)
+    decomposed: bool = False
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -165,6 +171,9 @@ class Case:
             return self.make().eval()
 
     def capture(self) -> Graph:
+        if self.decomposed:
+            program = torch.export.export(self.model(), *bind(self.inputs(0)))
+            return qg.capture(program.run_decompositions())
         return qg.capture(self.model(), self.inputs(0), self.dynamic)
 
 
@@ -176,10 +185,21 @@ ZOO: dict[str, Case] = {
     "erf-gelu": Case(ErfGelu, lambda seed: floats(4, WIDTH, seed=seed)),
 }
 
+# What only the passes can read: layers in arithmetic, writes in place, a decomposed program.
+RAW: dict[str, Case] = {
+    "cnn": Case(Cnn, lambda seed: floats(2, 3, 6, 6, seed=seed), {"x": BATCH}),
+    "written": Case(Written, lambda seed: floats(2, 5, WIDTH, seed=seed), {"x": LENGTH}),
+    "llama": Case(Llama, lambda seed: tokens(2, 5, seed), {"input_ids": BATCH}),
+    "clip": Case(Clip, lambda seed: floats(4, WIDTH, seed=seed), {"x": BATCH}),
+    "decomposed": Case(Encoder, lambda seed: padded(2, 6, seed), decomposed=True),
+}
+
+MODELS = {**ZOO, **RAW}
+
 
 @cache
 def captured(name: str) -> Graph:
-    return ZOO[name].capture()
+    return MODELS[name].capture()
 
 
 @cache

@@ -177,7 +177,11 @@ def test_interrupted_run(good: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text((JOBS / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
     before = digest(good)
     command = [sys.executable, "-c", "from qatgraph.cli import main; main()", "run", str(path), "--output", str(good)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a background job of a shell ignores SIGINT, and its children inherit that
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     assert process.stdout is not None
     assert "load model" in process.stdout.readline()
     while not any(good.parent.glob(".tiny.*")):

@@ -14,10 +14,12 @@ import pytest
 import qatgraph as qg
 from qatgraph.ir.graph import Graph
 from tests.conftest import GOLDEN, Golden, compare_golden
-from tests.models import ZOO, canonical, captured
+from tests.models import MODELS as ALL
+from tests.models import canonical, captured
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}| object>|<function|\[[^\]]*\bs\d+\b|/(?:home|tmp|usr|root)/")
 MODELS = ("mlp", "encoder")
+READ = ("cnn", "written", "llama", "clip", "decomposed")  # what the passes make of them
 
 
 def plan_text(name: str) -> str:
@@ -32,6 +34,11 @@ def test_graph(name: str, stage: Callable[[str], Graph], golden: Golden) -> None
     golden(f"{name}.{stage(name).stage.value}", str(stage(name)))
 
 
+@pytest.mark.parametrize("name", READ)
+def test_what_the_passes_read(name: str, golden: Golden) -> None:
+    golden(f"{name}.canonical", str(canonical(name)))
+
+
 def test_plan(golden: Golden) -> None:
     golden("encoder.plan", plan_text("encoder"))
 
@@ -43,9 +50,9 @@ def test_no_addresses_paths_or_symbols(path: Path) -> None:
     assert text.endswith("\n")
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ALL)
 def test_a_second_capture_prints_the_same(name: str) -> None:
-    assert str(ZOO[name].capture()) == str(captured(name))
+    assert str(ALL[name].capture()) == str(captured(name))
 
 
 PRINT = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from qatgraph.errors import PlanError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import record
 from qatgraph.ir.stages import Stage
-from qatgraph.passes import BUILTIN
+from qatgraph.passes import BUILTIN, PLANNING
 from qatgraph.passes.insert_quantizers import InsertQuantizers
 from qatgraph.planning.build import PlanningContext
 from qatgraph.planning.constraints import PIN, Constraint
@@ -24,170 +23,18 @@ from qatgraph.planning.facts import facts_of
 from qatgraph.planning.recipe import Override, Recipe
 from qatgraph.planning.target import load_target
 from qatgraph.rewriting.manager import PassManager
-from qatgraph.rewriting.passes import GraphPass, PlanningPass
+from qatgraph.rewriting.passes import PlanningPass
 from qatgraph.rewriting.registry import make_pass
-from tests.models import BATCH, WIDTH, ZOO, canonical, captured, floats, tokens
+from tests.models import WIDTH, ZOO, canonical, captured, floats, tokens
+from tests.rewritten import X, Y, kinds, lines, of, rewritten
 
 TOY_NPU = "examples/targets/toy_npu.toml"
 
 
-class Function(nn.Module):
-    """A model that is one function; ``Function`` is the module that its operations are named after."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        return self.function(x) if y is None else self.function(x, y)
-
-
-X, Y = floats(2, 4), floats(2, 4, seed=1)
-
-
-def rewritten(name: str, graph: Graph) -> tuple[Graph, dict[str, str]]:
-    """The graph after one pass, and what it refused: node -> reason."""
-    one = make_pass(name)
-    assert isinstance(one, GraphPass)
-    manager = PassManager([one], leaves=graph.stage)
-    return manager.run(graph), {r.node: r.reason for r in manager.reports[0].refused}
-
-
-def lines(graph: Graph) -> list[str]:
-    """The operations without their types: ``fc:linear = linear(x, 'fc.weight')``."""
-    return [line.strip().partition(" : ")[0] for line in str(graph).splitlines()[1:-1]]
-
-
-def kinds(graph: Graph) -> list[str]:
-    return [record(n).kind for n in graph.nodes]
-
-
-def of(function: Callable[..., Any], *inputs: Tensor) -> Graph:
-    return qg.capture(Function(function), inputs or (X,))
-
-
 def test_every_builtin_pass_has_a_section_here() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
-    sections = {line.strip("# -") for line in source.splitlines() if line.startswith("# ---")}
-    assert {*BUILTIN, "insert-quantizers"} == sections
-
-
-# ---------------------------------------------------------------- remove-no-ops
-
-
-NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cast": lambda x: torch.relu(x).to(torch.float32).float(),
-    "slice": lambda x: torch.relu(x)[:, :],
-    "expand": lambda x: torch.relu(x).expand(2, 4),
-    "reshape": lambda x: torch.relu(x).reshape(2, 4).view(-1, 4),
-    "clone": lambda x: torch.relu(x).clone().contiguous(),
-    "detach": lambda x: torch.relu(x).detach(),
-    "dead": lambda x: (torch.tanh(x), torch.relu(x))[1],
-    "of a constant": lambda x: torch.relu(x) + torch.tensor([1.0, 2.0, 3.0, 4.0]).float() * 0.0,
-}
-
-
-@pytest.mark.parametrize("name", NO_OPS)
-def test_what_changes_nothing_goes(name: str) -> None:
-    before = of(NO_OPS[name])
-    after, _ = rewritten("remove-no-ops", before)
-    assert len(after.nodes) < len(before.nodes)
-    assert set(kinds(after)) <= {"relu", "mul", "add"}
-    assert torch.equal(after(X), before(X))
-
-
-REAL_OPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "another type": lambda x: torch.relu(x).double(),
-    "half of it": lambda x: torch.relu(x)[:, :2],
-    "every second": lambda x: torch.relu(x)[:, ::2],
-    "broadcast": lambda x: torch.relu(x).expand(3, 2, 4),
-    "another shape": lambda x: torch.relu(x).reshape(4, 2),
-    "a square transposed": lambda x: torch.relu(x @ x.t()).transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("name", REAL_OPS)
-def test_what_changes_something_stays(name: str) -> None:
-    before = of(REAL_OPS[name])
-    after, _ = rewritten("remove-no-ops", before)
-    assert lines(after) == [line for line in lines(before) if "assert_tensor_metadata" not in line]
-
-
-def test_a_copy_that_somebody_writes_is_no_no_op() -> None:
-    """``x.clone().relu_()``: without the copy, the write would go into the caller's tensor."""
-    example, x = floats(2, 4), floats(2, 4)
-    after = qg.canonicalize(of(lambda x: x.clone().relu_(), example))
-    assert torch.equal(after(x), torch.relu(X))
-    assert torch.equal(x, X)
-    assert torch.equal(example, X)
-
-
-def test_what_is_written_through_a_view_is_seen() -> None:
-    def half(x: Tensor) -> Tensor:
-        y = x * 1.0
-        y[:, :2].relu_()
-        return y
-
-    assert torch.equal(qg.canonicalize(of(half))(X), half(X))
-
-
-class Pooler(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.pooler = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(x)
-        self.pooler(y)
-        return y
-
-
-def test_an_unused_module_goes_with_its_parameters() -> None:
-    after, _ = rewritten("remove-no-ops", qg.capture(Pooler(), X))
-    assert lines(after) == ["fc:linear = linear(x, 'fc.weight', 'fc.bias')"]
-    assert sorted(after.module.state_dict()) == ["fc.bias", "fc.weight"]
-
-
-def test_a_size_that_moves_is_compared_by_its_name() -> None:
-    graph = qg.capture(Function(lambda x: torch.relu(x).reshape(x.shape[0], 4)), X, {"x": BATCH})
-    assert kinds(rewritten("remove-no-ops", graph)[0]) == ["relu"]
-
-
-# ---------------------------------------------------------------- restore-dropout
-
-
-def test_dropout_becomes_a_module_at_the_users_path() -> None:
-    before = captured("mlp")
-    after, refused = rewritten("restore-dropout", before)
-    assert "dropout:dropout = dropout(down:linear, 0.1, False)" in lines(before)
-    assert "dropout:dropout = dropout(down:linear)" in lines(after)
-    (module,) = [m for m in after.module.modules() if isinstance(m, nn.Dropout)]
-    assert (module.p, module.training, refused) == (0.1, False, {})
-    assert after.module.get_submodule("dropout") is not None
-
-
-class TwoDrops(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.drop(x), self.drop(x)
-
-
-def test_two_uses_of_one_dropout_are_two_masks() -> None:
-    graph = qg.capture(TwoDrops(), torch.ones(64, 64))
-    after, _ = rewritten("restore-dropout", graph)
-    after.module.train()
-    a, b = after(torch.ones(64, 64))
-    assert not torch.equal(a, b)
-
-
-def test_dropout_that_runs_in_eval_too_is_left_alone() -> None:
-    before = of(lambda x: functional.dropout(x, 0.5, training=True))
-    after, refused = rewritten("restore-dropout", before)
-    assert lines(after) == lines(before)
-    assert list(refused) == ["Function:dropout"]
+    sources = [f.read_text(encoding="utf-8") for f in sorted(Path(__file__).parent.glob("test_*.py"))]
+    sections = {line.strip("# -") for s in sources for line in s.splitlines() if line.startswith("# ---")}
+    assert {*BUILTIN, "insert-quantizers"} - sections == set()
 
 
 # ---------------------------------------------------------------- fold-addmm
@@ -381,6 +228,8 @@ def test_a_number_or_a_parameter_is_no_residual() -> None:
 
 
 # ---------------------------------------------------------------- pin-layer-norm
+# ---------------------------------------------------------------- pin-rms-norm
+# ---------------------------------------------------------------- pin-group-norm
 # ---------------------------------------------------------------- pin-softmax
 # ---------------------------------------------------------------- pin-attention
 
@@ -400,6 +249,9 @@ PINS = [
     ("pin-layer-norm", "mlp", ["norm:layer_norm"], "[batch, 32]"),
     ("pin-layer-norm", "encoder", ["layer.0.norm:layer_norm", "layer.0.mlp.norm:layer_norm"], "[batch, length, 32]"),
     ("pin-attention", "encoder", ["layer.0.attention:attention"], "[batch, 2, length, 16]"),
+    ("pin-rms-norm", "llama", ["norm:rms_norm", "mlp_norm:rms_norm"], "[batch, 5, 32]"),
+    ("pin-softmax", "written", ["attention:softmax"], "[batch, 2, length, length]"),
+    ("pin-softmax", "decomposed", ["layer.0.attention:safe_softmax"], "[2, 2, 6, 6]"),
 ]
 
 
@@ -419,7 +271,15 @@ def test_a_pin_for_each_softmax(softmax: Graph) -> None:
     assert "[2, 4]" in pin.why
 
 
-@pytest.mark.parametrize("name", ["pin-layer-norm", "pin-softmax", "pin-attention", "pin-small-embeddings"])
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)], ids=["group", "instance"])
+def test_a_pin_for_each_norm_over_channels(norm: nn.Module) -> None:
+    graph = qg.canonicalize(qg.capture(nn.Sequential(nn.Conv1d(4, 4, 1), norm.eval()), floats(2, 4, 6)))
+    (pin,) = stated("pin-group-norm", graph)
+    assert str(pin.ports[0]) == f"1:{kinds(graph)[-1]}.out"
+    assert "[2, 4, 6]" in pin.why
+
+
+@pytest.mark.parametrize("name", [n for n in PLANNING if n.startswith("pin-")])
 def test_nothing_to_pin(name: str) -> None:
     assert stated(name, canonical("gpt2")) == []
 

@@ -20,9 +20,10 @@ from qatgraph.ir.stages import Stage
 from qatgraph.passes import BUILTIN
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.manager import PassManager
+from qatgraph.rewriting.matcher import match
 from qatgraph.rewriting.passes import GraphPass, Pass, RewritePass, parse_options, same, within
 from qatgraph.rewriting.pattern import Any as AnyValue
-from qatgraph.rewriting.pattern import Const, Match, Number, Op, Pattern, Refusal, match
+from qatgraph.rewriting.pattern import Const, Match, Number, Op, Pattern, Refusal
 from qatgraph.rewriting.registry import builtin_names, make_pass, parse_passes, pass_class, passes_from_file
 from tests.models import floats
 
@@ -276,9 +277,9 @@ def by_hand(change: Change) -> GraphPass:
         name = "by-hand"
         numerics = same
 
-        def apply(self, graph: qg.Graph, edit: Edit) -> list[Refusal]:
+        def apply(self, graph: qg.Graph, edit: Edit) -> None:
             change(graph, edit)
-            return []
+            return
 
     return ByHand()
 

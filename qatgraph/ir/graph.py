@@ -241,6 +241,15 @@ def size_text(size: Any, names: Mapping[str, str]) -> str:
     return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
 
 
+def example_size(size: object) -> int:
+    """The size on the example batch: symbols carry a hint."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    hint = getattr(node, "hint", None)
+    return int(hint) if hint is not None else 1
+
+
 def symbol_free(size: Any) -> int | str:
     return size if isinstance(size, int) else "?"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from torch import fx
+from torch._ops import OpOverload
 
 from qatgraph.errors import PassError
 from qatgraph.ir.meta import has_record
@@ -23,13 +24,10 @@ def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function":
             overload = str(node.target)
-            allowed = overload.startswith(("aten.", "qatgraph.")) or node.target.__module__ in (
-                "_operator",
-                "math",
-                "torch",
-            )
-            if not allowed:
-                raise _broken(author, stage, node, f"'{overload}' is not an ATen operator")
+            sizes = getattr(node.target, "__module__", "") in ("_operator", "math", "torch")  # arithmetic of sizes
+            if not isinstance(node.target, OpOverload) and not sizes:
+                why = f"'{overload}' is not an ATen operator, nor one of a torch.library"
+                raise _broken(author, stage, node, why)
             if overload.startswith("qatgraph.") and stage is not Stage.QDQ:
                 raise _broken(author, stage, node, "quantize and dequantize operators belong to the stage qdq")
         elif node.op in ("get_attr", "call_module"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from qatgraph.ir.graph import Graph
 
 WORDS = ("name", "kind", "shape", "rank", "width", "weight", "mib")  # of the sentences of rows and pins
@@ -29,8 +32,8 @@ class NodeFact:
     """One operation with a float result.
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
-    ``x_shape`` that of the first input; ``readers`` the kinds that read the result; ``bytes`` its size on
-    the example batch.
+    ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout; ``bytes``
+    its size on the example batch. ``constant``: it depends on no input of the model, so the engine computes it once.
     """
 
     name: str
@@ -45,6 +48,7 @@ class NodeFact:
     readers: tuple[str, ...]
     bytes: int
     x_bytes: int = 0
+    constant: bool = False
 
     @property
     def rank(self) -> int:
@@ -75,12 +79,35 @@ def shape_text(shape: tuple[Size, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
+def _varying(graph: Graph) -> set[fx.Node]:
+    """The nodes that depend on an input of the model, or on chance."""
+    from qatgraph.ir.aliases import draws
+    from qatgraph.ir.meta import has_record, record
+
+    found: set[fx.Node] = set()
+    for node in graph.module.graph.nodes:
+        # attention is tagged as random for its dropout, which no captured graph has
+        random = draws(node) and not (has_record(node) and record(node).kind == "attention")
+        if node.op == "placeholder" or random or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _reader_kinds(node: fx.Node) -> Iterator[str]:
+    from qatgraph.ir.meta import has_record, record
+
+    for user in (u for u in node.users if has_record(u)):
+        yield record(user).kind
+        if record(user).kind == "dropout":  # it is gone when the engine runs
+            yield from _reader_kinds(user)
+
+
 def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     """The facts of every named node whose result is a float tensor, in order of execution."""
     import torch
     from torch import fx
 
-    from qatgraph.ir.graph import arguments, size_text
+    from qatgraph.ir.graph import arguments, example_size, size_text
     from qatgraph.ir.meta import has_record, record, value_of
 
     symbols = graph.size_names()
@@ -89,6 +116,8 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
         tensor = graph.parameter(node)
         if tensor is not None:
             storage.setdefault(id(tensor), str(node.target))
+
+    varying = _varying(graph)
 
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
@@ -108,12 +137,12 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
                 path = str(arg.target)
                 parameters.append(ParameterFact(role, path, storage[id(tensor)], tuple(tensor.shape), size))
             elif isinstance(value_of(arg), torch.Tensor):
-                x_bytes = x_bytes if x_shape else math.prod(_example(s) for s in value_of(arg).shape) * 4
+                x_bytes = x_bytes if x_shape else math.prod(example_size(s) for s in value_of(arg).shape) * 4
                 x_shape = x_shape or shape(value_of(arg))
                 inputs.append((role, record(arg).name if has_record(arg) else arg.name))
         value = value_of(node)
         known = record(node)
-        elements = math.prod(_example(s) for s in value.shape)
+        elements = math.prod(example_size(s) for s in value.shape)
         return NodeFact(
             name=known.name,
             kind=known.kind,
@@ -124,20 +153,12 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             parameters=tuple(parameters),
             shape=shape(value),
             x_shape=x_shape or shape(value),
-            readers=tuple(sorted({record(u).kind for u in node.users if has_record(u)})),
+            readers=tuple(sorted(set(_reader_kinds(node)))),
             bytes=elements * 4,
             x_bytes=x_bytes,
+            constant=node not in varying,
         )
 
     return tuple(
         fact(n) for n in graph.nodes if isinstance(value_of(n), torch.Tensor) and value_of(n).is_floating_point()
     )
-
-
-def _example(size: object) -> int:
-    """The size on the example batch: symbols carry a hint."""
-    if isinstance(size, int):
-        return size
-    node = getattr(size, "node", None)
-    hint = getattr(node, "hint", None)
-    return int(hint) if hint is not None else 1

@@ -1,4 +1,4 @@
-"""What the passes that pin every node of one kind have in common."""
+"""What the passes that pin every node of some kinds have in common."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qatgraph.rewriting.passes import PlanningPass
 
 @dataclass(frozen=True)
 class PinKind(PlanningPass):
-    """Keep every node of ``kind`` in float; ``why`` is a sentence with the words of ``NodeFact.words``."""
+    """Keep every node of ``kinds`` in float; ``why`` is a sentence with the words of ``NodeFact.words``."""
 
-    kind: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
     why: ClassVar[str]
 
     def state(self, graph: Graph, context: Any) -> Iterator[Constraint]:
         for fact in context.facts:
-            if fact.kind == self.kind:
+            if fact.kind in self.kinds:
                 yield pin(fact.name, by=self.name, why=self.why.format(**fact.words()))

@@ -23,6 +23,8 @@ class Wants:
 
 def bias_of(row: Row, fact: NodeFact, wants: Wants) -> str | None:
     """The form in which this row writes the node's bias, ``None`` if it cannot."""
+    if any(role == "bias" for role, _ in fact.inputs):
+        return None  # it is computed
     if fact.parameter("bias") is None:
         return "none" if "none" in row.bias else None
     forms: list[str] = [f for f in row.bias if f != "none"]
@@ -51,6 +53,8 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         if row.weight and not wants.weight:
             return f"{UNASKED} for a weight as {_list(row.weight)}"
     if row.bias and bias_of(row, fact, wants) is None:
+        if any(role == "bias" for role, _ in fact.inputs):
+            return "the bias is computed, and no row writes that"
         if fact.parameter("bias") is None:
             return "the row is for a node with a bias"
         if row.bias == ("none",):

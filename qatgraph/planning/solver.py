@@ -18,6 +18,8 @@ from qatgraph.planning.predict import Wants, candidates, weight_options
 from qatgraph.planning.target import Row, Target
 from qatgraph.specs import QuantSpec
 
+CONSTANT_WHY = "'{}' depends on no input of the model: it is computed once, in float, and no kernel is left of it"
+
 
 @dataclass
 class Choice:
@@ -91,7 +93,7 @@ def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Cho
         bias=next((c.form for c in constraints if c.kind == "want" and c.form), None),
         float_only=held is not None,
     )
-    return Choice(fact, wants, candidates(target, fact, wants), held, int8s)
+    return Choice(fact, wants, [] if fact.constant else candidates(target, fact, wants), held, int8s)
 
 
 def _keep_or_refuse(choice: Choice, target: Target) -> None:
@@ -104,9 +106,13 @@ def _keep_or_refuse(choice: Choice, target: Target) -> None:
         "QG305",
         f"'{choice.fact.name}' cannot be int8 on {target.name}",
         where=str(demanded.author),
-        why="; ".join(f"{r.id}: {why}" for r, why in rows) or "it has no int8 row",
+        why="; ".join(f"{r.id}: {why}" for r, why in rows) or _no_row(choice.fact),
         todo="remove the line, or choose another target",
     )
+
+
+def _no_row(fact: NodeFact) -> str:
+    return CONSTANT_WHY.format(fact.name) if fact.constant else "it has no int8 row"
 
 
 def _conflict(fact: NodeFact, a: Constraint, b: Constraint) -> PlanError:

@@ -6,6 +6,8 @@ import hashlib
 import string
 from functools import cache
 from importlib import resources
+from importlib.metadata import EntryPoint
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,8 +16,10 @@ from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, m
 from qatgraph.errors import TargetError, nearest
 from qatgraph.planning.facts import WORDS
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
+from qatgraph.rewriting.plugins import Plugins, distribution
 from qatgraph.specs import QuantSpec
 
+PLUGINS = Plugins("qatgraph.targets", "target", TargetError, taken="QG404", broken="QG405")
 Spec = Annotated[
     QuantSpec,
     BeforeValidator(lambda v: QuantSpec.parse(v) if isinstance(v, str) else v),
@@ -88,32 +92,60 @@ class Target(UserModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def target_names() -> tuple[str, ...]:
+def builtin_names() -> tuple[str, ...]:
     folder = resources.files("qatgraph.backends")
     return tuple(
         sorted(f.name.removesuffix(".toml").replace("_", "-") for f in folder.iterdir() if f.name.endswith(".toml"))
     )
 
 
+def target_names() -> tuple[str, ...]:
+    """Every target that can be named: the built-in ones, then those of installed packages."""
+    return (*builtin_names(), *PLUGINS.names(builtin_names()))
+
+
 def load_target(name_or_path: str) -> Target:
-    """A built-in target by name, or one described in a TOML file.
+    """A target by name (built in, or of an installed package: entry point group ``qatgraph.targets``), or a TOML file.
 
     Raises:
-        TargetError: QG401 unknown name, QG402 the file is not a valid target.
+        TargetError: QG401 unknown name, QG402 the table is not valid, QG404 two packages bring one of this name,
+            QG405 the package does not load.
     """
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return _parse(read_text(path, what="target file", error=TargetError, code="QG401"), path.name)
-    if name_or_path not in target_names():
-        near = nearest(name_or_path, target_names())
-        raise TargetError(
-            "QG401",
-            f"there is no target '{name_or_path}'",
-            where="target",
-            why=f"did you mean {near}?" if near else f"known targets: {', '.join(target_names())}",
-            todo="see `qatgraph targets`, or give the path of a TOML file",
-        )
-    return _builtin(name_or_path)
+    point = PLUGINS.find(name_or_path, builtin_names())
+    if name_or_path in builtin_names():
+        return _builtin(name_or_path)
+    if point is not None:
+        return _of_package(point)
+    near = nearest(name_or_path, target_names())
+    raise TargetError(
+        "QG401",
+        f"there is no target '{name_or_path}'",
+        where="target",
+        why=f"did you mean {near}?" if near else f"known targets: {', '.join(target_names())}",
+        todo="see `qatgraph targets`, or give the path of a TOML file",
+    )
+
+
+def _of_package(point: EntryPoint) -> Target:
+    """The entry point names a ``Target``, a TOML text, or the path of one (also a resource of the package)."""
+    found = PLUGINS.load(point)
+    if isinstance(found, str) and found.endswith(".toml"):
+        found = Path(found)
+    if isinstance(found, Traversable):
+        try:
+            found = found.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PLUGINS.unusable(point, f"{type(error).__name__}: {error}") from error
+    if isinstance(found, str):
+        found = _parse(found, f"the target '{point.name}' of {distribution(point)}")
+    if not isinstance(found, Target):
+        raise PLUGINS.unusable(point, f"'{point.value}' is no Target, no TOML text, and no path of one")
+    if found.name != point.name:
+        raise PLUGINS.unusable(point, f"its table bears the name '{found.name}'")
+    return found
 
 
 @cache

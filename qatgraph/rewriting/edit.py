@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from qatgraph.errors import PassError
 from qatgraph.ir.graph import Graph
-from qatgraph.ir.meta import NodeRecord, record, stamp, update, value_of, write
-from qatgraph.ops import BY_NAME
+from qatgraph.ir.meta import NodeRecord, has_record, record, stamp, update, value_of, write
+from qatgraph.ops import BY_NAME, kind_of_target
+from qatgraph.rewriting.pattern import NearMiss, Refusal
+
+
+@dataclass
+class Allowance:
+    """How many rewrites a run may still do, and the (pass, node) of those that it did: bisection counts on it.
+
+    ``stopped``: a pass wanted more, so it has not done what it ensures.
+    """
+
+    limit: int | None = None
+    spent: list[tuple[str, str]] = field(default_factory=list)
+    stopped: bool = False
+
+    def left(self) -> bool:
+        """Whether one more rewrite may be done; asked before anything of the pass runs."""
+        if self.limit is None or len(self.spent) < self.limit:
+            return True
+        self.stopped = True
+        return False
+
+    def spend(self, author: str, node: str) -> None:
+        self.spent.append((author, node))
 
 
 class Edit:
-    """Changes by one pass; ``at`` is the node in front of which new nodes are put."""
+    """Changes by one pass; ``at`` is the node in front of which new nodes are put.
 
-    def __init__(self, graph: Graph, author: str) -> None:
+    What the pass has to say about nodes that it left alone is collected in ``refused`` and ``missed``.
+    """
+
+    def __init__(self, graph: Graph, author: str, allowance: Allowance | None = None) -> None:
         self.graph, self.author = graph, author
+        self.allowance = allowance or Allowance()
+        self.refused: list[Refusal] = []
+        self.missed: list[NearMiss] = []
+        self.changes = 0  # replaced, removed, grouped or renamed
         self._namer = graph.namer()
+        self._scope: set[fx.Node] | None = None  # what may change; None is everything
+
+    @contextmanager
+    def within(self, nodes: Iterable[fx.Node]) -> Iterator[None]:
+        """Only these nodes, and those made meanwhile, may be changed."""
+        self._scope = set(nodes)
+        try:
+            yield
+        finally:
+            self._scope = None
+
+    def refuse(self, node: fx.Node, reason: str) -> None:
+        """Say why a node was left as it is."""
+        self.refused.append(Refusal(record(node).name, reason))
+
+    def _change(self, node: fx.Node) -> None:
+        self.changes += 1
+        if self._scope is not None and node not in self._scope:
+            name = record(node).name if has_record(node) else str(node.target)
+            raise PassError(
+                "QG208",
+                f"'{self.author}' changes '{name}', which its pattern did not match",
+                where=name,
+                why=f"the match holds {', '.join(sorted(record(n).name for n in self._scope))}",
+                todo="put the operation into the pattern, so that its users are counted",
+            )
 
     def call(self, kind: str, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
         """A new operation of a known kind, in the module of ``at``."""
@@ -26,6 +85,10 @@ class Edit:
         namespace, name, overload = target.split(".")
         operator = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         return self._create("call_function", operator, args, kwargs, kind, at)
+
+    def operator(self, operator: Any, *args: Any, at: fx.Node, near: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """A new call of an overload, in the module of ``near``; the table of kinds, or its own name, gives its kind."""
+        return self._create("call_function", operator, args, kwargs, kind_of_target(str(operator)), at, near)
 
     def custom(self, operator: Any, *args: Any, at: fx.Node, near: fx.Node, kind: str) -> fx.Node:
         """A new operation that is not in the table of kinds (quantize, dequantize), in the module of ``near``."""
@@ -67,6 +130,7 @@ class Edit:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Give the users of ``old`` to ``new``; ``old`` goes, and its name stays if the kind did."""
         was = record(old)
+        self._change(old)
         name = was.name if was.kind == record(new).kind else record(new).name
         update(new, name=name, history=(*was.history, self.author), source=was.source)
         old.replace_all_uses_with(new)
@@ -74,20 +138,24 @@ class Edit:
 
     def bypass(self, node: fx.Node, source: fx.Node) -> None:
         """Remove a node whose result equals ``source``."""
+        self._change(node)
         node.replace_all_uses_with(source)
         self.graph.module.graph.erase_node(node)
 
     def erase(self, node: fx.Node) -> None:
+        self._change(node)
         self.graph.module.graph.erase_node(node)
 
     def group(self, region: str, *nodes: fx.Node) -> None:
         """Mark nodes as one region; the arithmetic stays as it is."""
         for node in nodes:
+            self._change(node)
             update(node, region=f"{record(nodes[0]).name}+{region}")
             stamp(node, self.author)
 
     def rename_kind(self, node: fx.Node, kind: str) -> None:
         """Refine the kind of a node (``add`` -> ``residual_add``); its name follows."""
+        self._change(node)
         old = record(node)
         name = self._namer(f"{old.module or self.graph.info.root}:{kind}")
         write(node, replace(old, kind=kind, name=name))
@@ -109,6 +177,8 @@ class Edit:
         name = self._namer(f"{owner.module or self.graph.info.root}:{kind}")
         write(node, NodeRecord(name, kind, owner.module, owner.source, history=(self.author,)))
         node.meta["val"] = self._value(node, at)
+        if self._scope is not None:
+            self._scope.add(node)
         return node
 
     def _value(self, node: fx.Node, at: fx.Node) -> Any:

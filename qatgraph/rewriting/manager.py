@@ -1,150 +1,172 @@
-"""Runs passes over a copy of a graph and holds each one to its word."""
+"""Runs a pipeline over a copy of a graph and holds each pass to its word."""
 
 from __future__ import annotations
 
-import copy
+import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.utils import _pytree as pytree
-
 from qatgraph.errors import PassError, QatgraphError
 from qatgraph.ir.graph import Graph
+from qatgraph.ir.properties import held
 from qatgraph.ir.stages import Stage, verify_structure
-from qatgraph.rewriting.edit import Edit
-from qatgraph.rewriting.passes import GraphPass
-from qatgraph.rewriting.pattern import Refusal
+from qatgraph.rewriting.contracts import (
+    Prints,
+    check_constants,
+    check_numerics,
+    check_parameters,
+    check_properties,
+    check_signature,
+    fingerprints,
+)
+from qatgraph.rewriting.edit import Allowance, Edit
+from qatgraph.rewriting.passes import GraphPass, Pass, RewritePass
+from qatgraph.rewriting.pattern import NearMiss, Refusal
+from qatgraph.rewriting.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did; ``modified`` is computed from the text, not claimed."""
+    """What one pass did; ``modified`` is computed from the graphs before and after, not claimed."""
 
     name: str
     modified: bool
     seconds: float
+    changes: int = 0
     refused: tuple[Refusal, ...] = ()
+    missed: tuple[NearMiss, ...] = ()
+    before: str = ""
+    after: str = ""
+
+    def diff(self) -> str:
+        """The change as a unified diff of the two texts."""
+        return text_diff(self.name, self.before, self.after)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "modified": self.modified,
+            "changes": self.changes,
+            "milliseconds": self.seconds * 1e3,
+            "refused": [vars(r) for r in self.refused],
+            "missed": [vars(m) for m in self.missed],
+            "diff": self.diff(),
+        }
 
 
 @dataclass
 class PassManager:
-    """``PassManager(passes).run(graph)`` returns a new graph at stage ``leaves``; ``reports`` tell the rest."""
+    """``PassManager(passes).run(graph)`` returns a new graph at stage ``leaves``; ``reports`` tell the rest.
 
-    passes: Sequence[GraphPass]
+    Structure is verified after each pass. ``checked`` also runs the graph before and after each pass that changed it.
+    ``allowance`` limits the rewrites (bisection); ``watch`` is called with each report as it is made.
+    """
+
+    passes: Iterable[Pass]
     leaves: Stage = Stage.CANONICAL
+    checked: bool = True
+    allowance: Allowance = field(default_factory=Allowance)
+    watch: Callable[[PassReport], None] = lambda report: None
     reports: list[PassReport] = field(default_factory=list)
 
     def run(self, graph: Graph) -> Graph:
+        pipeline = Pipeline(tuple(self.passes))
+        pipeline.check_order(held(graph))
+        verify_structure(graph.module, graph.stage, "what came before")
         graph = graph.clone()
-        before: tuple[str, str] | None = None
-        for one in self.passes:
-            start = time.perf_counter()
-            text = before[0] if before else str(graph)
-            reference = graph.clone()
-            versions = _versions(graph)
-            try:
-                refused = one.apply(graph, Edit(graph, one.name))
-            except QatgraphError:
-                raise
-            except Exception as error:
-                ran = ", ".join(r.name for r in self.reports) or "none"
-                raise PassError(
-                    "QG206",
-                    f"the pass '{one.name}' failed",
-                    where=one.name,
-                    why=f"{type(error).__name__}: {error}",
-                    todo=f"mend the pass (passes before it: {ran})",
-                ) from error
-            _drop_unread(graph)
-            graph.module.recompile()
-            verify_structure(graph.module, graph.stage, one.name)
-            _same_parameters(one, versions)
-            after = str(graph)
-            modified = after != text
-            if modified:
-                check_numerics(one, reference, graph)
-            before = (after, one.name)
-            self.reports.append(PassReport(one.name, modified, time.perf_counter() - start, tuple(refused)))
+        state = _State.of(graph, fingerprints(graph, deep=self.checked))
+        for one in pipeline.graph_passes():
+            report = self._run_one(one, graph, state)
+            state = _State.of(graph, fingerprints(graph, deep=self.checked, known=state.prints))
+            self.reports.append(report)
+            self.watch(report)
         graph.set_info(stage=self.leaves)
         verify_structure(graph.module, self.leaves, "the pipeline")
         return graph.clone()  # takes over only what the graph reads: a folded weight's source goes
+
+    def _run_one(self, one: GraphPass, graph: Graph, state: _State) -> PassReport:
+        start = time.perf_counter()
+        reference = graph.clone()
+        edit = Edit(graph, one.name, self.allowance)
+        try:
+            self._apply(one, graph, edit)
+            seconds = time.perf_counter() - start
+            verify_structure(graph.module, graph.stage, one.name)
+            modified = (str(graph), graph.structural_hash()) != (state.text, state.structure)
+            self._check(one, reference, graph, state, modified)
+        except PassError as error:
+            error.diff = error.diff or text_diff(one.name, state.text, _text(graph))
+            raise
+        return PassReport(
+            one.name,
+            modified,
+            seconds,
+            edit.changes,
+            tuple(edit.refused),
+            tuple(sorted(edit.missed, key=lambda m: -m.matched / m.total)),
+            state.text,
+            str(graph),
+        )
+
+    def _apply(self, one: GraphPass, graph: Graph, edit: Edit) -> None:
+        if not isinstance(one, RewritePass):  # counts as one rewrite
+            if not self.allowance.left():
+                return
+            self.allowance.spend(one.name, "")
+        try:
+            one.apply(graph, edit)
+            _drop_unread(graph)
+            graph.module.recompile()
+        except QatgraphError:
+            raise
+        except Exception as error:
+            ran = ", ".join(r.name for r in self.reports) or "none"
+            raise PassError(
+                "QG206",
+                f"the pass '{one.name}' failed",
+                where=one.name,
+                why=f"{type(error).__name__}: {error}",
+                todo=f"mend the pass (passes before it: {ran})",
+            ) from error
+
+    def _check(self, one: GraphPass, before: Graph, after: Graph, state: _State, modified: bool) -> None:
+        check_parameters(one, state.prints, after, deep=self.checked)
+        check_signature(one, before, after)
+        check_properties(one, before, after, done=not self.allowance.stopped)
+        if self.checked and modified:
+            check_constants(one, before, after)
+            check_numerics(one, before, after)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of the graph before a pass: its text, the hash of its structure, and what its parameters looked like."""
+
+    text: str
+    structure: str
+    prints: Prints
+
+    @classmethod
+    def of(cls, graph: Graph, prints: Prints) -> _State:
+        return cls(str(graph), graph.structural_hash(), prints)
+
+
+def text_diff(name: str, before: str, after: str) -> str:
+    lines = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    return "".join(difflib.unified_diff(*lines, f"before {name}", f"after {name}", n=2))
+
+
+def _text(graph: Graph) -> str:
+    """The text of a graph that may be broken."""
+    try:
+        return str(graph)
+    except Exception as error:
+        return f"(cannot be printed: {error})\n"
 
 
 def _drop_unread(graph: Graph) -> None:
     for node in graph.module.graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.module.graph.erase_node(node)
-
-
-def _versions(graph: Graph) -> dict[str, tuple[torch.Tensor, int]]:
-    """Parameters and buffers with torch's count of the writes to each."""
-    return {name: (tensor, tensor._version) for name, tensor in graph.module.state_dict(keep_vars=True).items()}
-
-
-def _same_parameters(one: GraphPass, before: dict[str, tuple[torch.Tensor, int]]) -> None:
-    """All graphs of a model share its parameters: a pass makes new ones and never writes into them."""
-    written = [name for name, (tensor, version) in before.items() if tensor._version != version]
-    if written:
-        raise PassError(
-            "QG207",
-            f"'{one.name}' writes into the parameter '{written[0]}'",
-            where=written[0],
-            why="other graphs of the model share it, so their results change too",
-            todo="make a new parameter with edit.parameter(...)",
-        )
-
-
-def check_numerics(one: GraphPass, before: Graph, after: Graph) -> None:
-    """Run both graphs on the example inputs and compare by what the pass declared."""
-    exact = one.numerics.kind == "same"
-    want = _outputs(before, double=not exact)
-    try:
-        have = _outputs(after, double=not exact)
-    except Exception as error:
-        raise PassError(
-            "QG206",
-            f"the graph does not run after '{one.name}'",
-            where="on the example inputs",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            todo=f"mend '{one.name}'",
-        ) from error
-    for name, a, b in zip(before.info.outputs, want, have, strict=True):
-        if not isinstance(a, torch.Tensor):
-            continue
-        difference = _difference(a, b)
-        if difference == 0.0 or (not exact and difference <= one.numerics.eps):
-            continue
-        raise PassError(
-            "QG207",
-            f"'{one.name}' declares its numerics as {one.numerics}, but the output '{name}' differs",
-            where=f"output '{name}' on the example inputs",
-            why=f"largest difference {difference:.3g} of the largest value",
-            todo="mend the rewrite, or declare within(eps) if the difference is intended",
-        )
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference over the largest finite value; NaN equals NaN, as infinity equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf")
-    unequal = ~((a == b) | (a.isnan() & b.isnan()))
-    if not bool(unequal.any()):
-        return 0.0
-    top = torch.where(a.isfinite(), a.abs(), 0).max().clamp(min=1e-30)
-    error = float((a - b).abs()[unequal].max() / top)
-    return error if error == error else float("inf")
-
-
-def _outputs(graph: Graph, *, double: bool) -> list[Any]:
-    module = graph.module
-    args, kwargs = graph.info.args, graph.info.kwargs
-    if double:
-        module = copy.deepcopy(module).double()
-        args, kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
-        )
-    with torch.no_grad():
-        return pytree.tree_leaves(module(*args, **kwargs))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import get_type_hints
 
@@ -13,29 +14,70 @@ from pydantic import TypeAdapter, ValidationError
 
 from qatgraph.errors import PassError, nearest
 from qatgraph.rewriting.passes import Pass, parse_options
+from qatgraph.rewriting.plugins import Plugins
 
 BUILTIN_PACKAGE = "qatgraph.passes"
+PLUGINS = Plugins("qatgraph.passes", "pass", PassError, taken="QG215", broken="QG216")
 
 
 def builtin_names() -> tuple[str, ...]:
-    return tuple(importlib.import_module(BUILTIN_PACKAGE).BUILTIN)
+    return tuple(_builtin())
+
+
+def pass_names() -> tuple[str, ...]:
+    """Every pass that can be named: the built-in ones, then those of installed packages."""
+    return (*_builtin(), *PLUGINS.names(_taken()))
+
+
+def pipeline_named(name: str) -> tuple[str, ...]:
+    """The steps of a built-in pipeline; none if there is no such pipeline."""
+    return _pipelines().get(name, ())
+
+
+def _builtin() -> dict[str, str]:
+    table: dict[str, str] = importlib.import_module(BUILTIN_PACKAGE).BUILTIN
+    return table
+
+
+def _pipelines() -> dict[str, tuple[str, ...]]:
+    table: dict[str, tuple[str, ...]] = importlib.import_module(BUILTIN_PACKAGE).PIPELINES
+    return table
+
+
+def _taken() -> list[str]:
+    """Names that no package may bring: a pipeline's text could not tell them apart."""
+    return [*_builtin(), *_pipelines()]
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The class of a built-in pass."""
-    table: dict[str, str] = importlib.import_module(BUILTIN_PACKAGE).BUILTIN
-    if name not in table:
-        near = nearest(name, table)
-        raise PassError(
-            "QG201",
-            f"there is no pass '{name}'",
-            where="pipeline",
-            why=f"did you mean {near}?" if near else "it is neither built in nor a file",
-            todo="list them with `qatgraph passes`, or give the path of a Python file",
-        )
-    module = importlib.import_module(f"{BUILTIN_PACKAGE}.{name.replace('-', '_')}")
-    found: type[Pass] = getattr(module, table[name])
-    return found
+    """The class of a pass: built in, or of an installed package (entry point group ``qatgraph.passes``).
+
+    Raises:
+        PassError: QG201 there is none, QG215 two packages bring one of this name, QG216 the package does not load.
+    """
+    point = PLUGINS.find(name, _taken())
+    table = _builtin()
+    if name in table:
+        module = importlib.import_module(f"{BUILTIN_PACKAGE}.{name.replace('-', '_')}")
+        found: type[Pass] = getattr(module, table[name])
+        return found
+    if point is not None:
+        return _loaded(point)
+    near = nearest(name, [*table, *PLUGINS.names(_taken())])
+    raise PassError(
+        "QG201",
+        f"there is no pass '{name}'",
+        where="pipeline",
+        why=f"did you mean {near}?" if near else "it is neither built in, nor of an installed package, nor a file",
+        todo="list them with `qatgraph passes`, or give the path of a Python file",
+    )
+
+
+def _loaded(point: EntryPoint) -> type[Pass]:
+    cls = PLUGINS.load(point)
+    if not (isinstance(cls, type) and issubclass(cls, Pass) and getattr(cls, "name", None) == point.name):
+        raise PLUGINS.unusable(point, f"'{point.value}' is no pass of this name")
+    return cls
 
 
 def make_pass(text: str) -> Pass:

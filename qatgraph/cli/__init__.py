@@ -1,0 +1,20 @@
+"""The command line. Reading a plan imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+import sys
+
+from qatgraph.cli import inspect, jobs, new, passes
+from qatgraph.cli.common import app
+from qatgraph.errors import QatgraphError
+
+__all__ = ["app", "inspect", "jobs", "main", "new", "passes"]
+
+
+def main() -> None:
+    """Entry point: a refusal is a sentence on standard error and exit code 1."""
+    try:
+        app()
+    except QatgraphError as error:
+        print(error.text(), file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,108 @@
+"""Commands that run a job: run, plan, verify, replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qatgraph.cli.common import AsJson, JobFile, OutputOption, PassesOption, TargetOption, app, print_table
+
+
+@app.command()
+def run(
+    job: JobFile,
+    target: TargetOption = None,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="train after calibration")] = True,
+    output: OutputOption = None,
+    passes: PassesOption = None,
+) -> None:
+    """Capture, plan, calibrate, train, lower and verify a model.
+
+    Example: qatgraph run examples/jobs/digits.toml --no-train
+    """
+    from qatgraph.runner import run_job
+
+    report, folder = run_job(
+        job, output, target=_target(target), train=train, passes=passes or [], say=lambda s: print(s, flush=True)
+    )
+    _show_report(report.as_json())
+    print(f"\nwrote {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    target: TargetOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="also write the plan to this file")] = None,
+    passes: PassesOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decide what becomes int8, without calibration or training.
+
+    Example: qatgraph plan examples/jobs/digits.toml --target examples/targets/toy_npu.toml
+    """
+    from qatgraph.backends.qdq_onnx import write_atomically
+    from qatgraph.job import load_job
+    from qatgraph.rewriting.registry import parse_passes
+    from qatgraph.runner import make_plan, set_up, threads
+
+    found = load_job(job)
+    if target is not None:
+        found = found.model_copy(update={"target": _target(target)})
+    with threads(found.threads):
+        made = make_plan(found, job, set_up(found, job, found.seeds[0]), parse_passes(passes or []))
+    if output is not None:
+        write_atomically(output, made.to_json().encode())
+    print(made.to_json() if as_json else str(made), end="")
+
+
+@app.command()
+def verify(
+    job: JobFile,
+    output: OutputOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove again what a run has written: kernels, overflow, regions, distance to the float model.
+
+    Example: qatgraph verify examples/jobs/digits.toml
+    """
+    from qatgraph.runner import verify_folder
+
+    report = verify_folder(job, output)
+    print(report.to_json(), end="") if as_json else _show_report(report.as_json())
+    report.check()
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="the folder of a run", metavar="DIR")],
+    job: JobFile,
+    output: Annotated[Path, typer.Option("--output", help="where to write the second run")],
+) -> None:
+    """Run a job again from a recorded plan and manifest; fails unless the bytes of the file are the same.
+
+    Example: qatgraph replay build/digits examples/jobs/digits.toml --output build/digits-again
+    """
+    from qatgraph.runner import replay_folder
+
+    digest = replay_folder(folder, job, output, say=lambda s: print(s, flush=True))
+    print(f"the same bytes: sha256 {digest}")
+
+
+def _target(target: str | None) -> str | None:
+    """A target file is named from where the user stands, not from the job's folder."""
+    return str(Path(target).resolve()) if target is not None and target.endswith(".toml") else target
+
+
+def _show_report(report: dict[str, Any]) -> None:
+    from qatgraph.report.report import flatten, format_value
+
+    rows = []
+    for section in ("fidelity", "parity", "kernels", "overflow", "latency", "files"):
+        for key, value in flatten(report[section]):
+            if key != "how" and not key.startswith("by_seed"):
+                rows.append((section, key, format_value(value)))
+    verdict = "every check passed" if report["ok"] else "FAILED"
+    print_table(f"\n{report['job']} on {report['target']}: {verdict}", ("", "what", "value"), rows)

@@ -1,0 +1,193 @@
+"""Commands for those who write passes: passes, opt, bisect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qatgraph.cli.common import AsJson, app, print_table
+from qatgraph.errors import LowerError, PassError
+
+if TYPE_CHECKING:
+    from qatgraph.ir.graph import Graph
+    from qatgraph.rewriting.manager import PassReport
+    from qatgraph.rewriting.pipeline import Pipeline
+
+Model = Annotated[str, typer.Argument(help="JOB.toml, FILE.pt2, or FILE.py:FUNCTION", metavar="MODEL")]
+PipelineOption = Annotated[
+    str, typer.Option("-p", "--pipeline", help="passes, files of passes and pipelines, joined by commas")
+]
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="a pass, to print its documentation")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The passes that can be named, or the documentation of one.
+
+    Example: qatgraph passes fold-gelu
+    """
+    import inspect
+
+    from qatgraph.rewriting.registry import pass_class, pass_names
+
+    if name is not None:
+        cls = pass_class(name)
+        print(f"{name}\n\n{inspect.cleandoc(cls.__doc__ or '')}")
+        return
+    rows = [(n, _kind(n), pass_class(n).summary()) for n in pass_names()]
+    if as_json:
+        print(json.dumps([dict(zip(("name", "kind", "summary"), r, strict=True)) for r in rows], indent=1))
+        return
+    print_table(f"{len(rows)} passes", ("name", "kind", "what it does"), rows)
+
+
+@app.command()
+def opt(
+    model: Model,
+    pipeline: PipelineOption = "canonicalize",
+    print_after: Annotated[str, typer.Option(help="print the graph after: all, changed, or a pass")] = "",
+    dump: Annotated[
+        Path | None, typer.Option(help="write the text after each pass, and the diffs, to this folder")
+    ] = None,
+    time: Annotated[bool, typer.Option("--time", help="show the milliseconds of each pass")] = False,
+    explain: Annotated[str, typer.Option(help="what almost matched, for this pass")] = "",
+    blame: Annotated[str, typer.Option(help="which passes made or changed this node")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Run passes over a model and see everything that they do.
+
+    Example: qatgraph opt examples/jobs/minilm.toml -p canonicalize --print-after changed --time
+    """
+    from qatgraph.rewriting.manager import PassManager
+    from qatgraph.rewriting.pipeline import Pipeline
+    from qatgraph.sources import load_graph
+
+    steps = Pipeline.parse(pipeline)
+    for named in (explain, "" if print_after in ("", "all", "changed") else print_after):
+        if named:
+            _check_step(steps, named)
+    graph = load_graph(model)
+    manager = PassManager(steps.steps, leaves=graph.stage)
+    manager.watch = lambda report: _watch(len(manager.reports) - 1, report, print_after, dump, as_json)
+    try:
+        after = manager.run(graph)
+    except PassError as error:
+        if error.diff:
+            print(error.diff, file=sys.stderr)
+        raise
+    if as_json:
+        print(json.dumps([r.as_json() for r in manager.reports], indent=1))
+    elif explain:
+        _explain(next(r for r in manager.reports if r.name == explain))
+    elif blame:
+        _blame(after, blame)
+    else:
+        _summary(manager.reports, time)
+
+
+@app.command()
+def bisect(
+    model: Model,
+    pipeline: PipelineOption = "canonicalize",
+    script: Annotated[
+        str, typer.Option(help="FILE.py:FUNCTION, true for a bad graph; default: the numbers differ")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The first pass, and within it the first rewrite, that changes the numbers, fails, or makes a script say so.
+
+    Example: qatgraph bisect examples/jobs/minilm.toml -p canonicalize,my_passes.py
+    """
+    from dataclasses import asdict
+
+    from qatgraph.job import factory
+    from qatgraph.rewriting.bisect import bisect as search
+    from qatgraph.rewriting.bisect import numbers_differ
+    from qatgraph.rewriting.pipeline import Pipeline
+    from qatgraph.sources import load_graph
+
+    steps, graph = Pipeline.parse(pipeline), load_graph(model)
+    if script:
+        file, _, name = script.rpartition(":")
+        bad = factory(Path(file), f"{Path(file).name}:{name}", "predicate")
+    else:
+        bad = numbers_differ(graph)
+    found = search(graph, steps, bad)
+    print(json.dumps(asdict(found), indent=1) if as_json else str(found))
+
+
+def _kind(name: str) -> str:
+    from qatgraph.rewriting.passes import PlanningPass
+    from qatgraph.rewriting.registry import pass_class
+
+    return "planning" if issubclass(pass_class(name), PlanningPass) else "rewrite"
+
+
+def _check_step(pipeline: Pipeline, name: str) -> None:
+    """Refuse a step that will not report: one that the pipeline does not have, or one that plans."""
+    if pipeline.steps[pipeline.index(name)] not in pipeline.graph_passes():
+        todo = "name a pass that changes the graph; see `qatgraph plan` for what the others decide"
+        why = "it states constraints for the plan, and changes no graph"
+        raise PassError("QG212", f"the step '{name}' does not run here", where=str(pipeline), why=why, todo=todo)
+
+
+def _watch(number: int, report: PassReport, print_after: str, dump: Path | None, as_json: bool) -> None:
+    """Show and write what a pass did as soon as it is done: a later one may fail."""
+    if print_after in ("all", report.name) or (print_after == "changed" and report.modified):
+        shown = report.diff() if print_after == "changed" else report.after
+        print(f"-- after {report.name}\n{shown}", flush=True, file=sys.stderr if as_json else sys.stdout)
+    if dump is not None:
+        _dump(dump, f"{number:02d}-{report.name}", report)
+
+
+def _dump(folder: Path, stem: str, report: PassReport) -> None:
+    from qatgraph.backends.qdq_onnx import write_atomically
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        todo = "name a folder that can be written"
+        raise LowerError("QG504", f"cannot write '{folder.name}'", where="--dump", why=str(error), todo=todo) from error
+    for suffix, text in (("txt", report.after), ("diff", report.diff())):
+        write_atomically(folder / f"{stem}.{suffix}", text.encode())
+
+
+def _summary(reports: list[PassReport], time: bool) -> None:
+    rows = []
+    for r in reports:
+        reasons = Counter(refusal.reason for refusal in r.refused).most_common(1)
+        refused = f"{len(r.refused)}: {reasons[0][0]}" if reasons else "0"
+        near = str(r.missed[0]) if r.missed and r.missed[0].near else ""
+        rows.append((r.name, str(r.changes), refused, near, *([f"{r.seconds * 1e3:.0f}"] if time else [])))
+    columns = ("pass", "changed", "refused, and why most", "nearest miss", *(["ms"] if time else []))
+    print_table(f"{len(reports)} passes", columns, rows)
+
+
+def _explain(report: PassReport) -> None:
+    print(f"{report.name}: {report.changes} changes, {len(report.refused)} refused, {len(report.missed)} did not match")
+    for refusal in report.refused:
+        print(f"  refused at '{refusal.node}': {refusal.reason}")
+    for miss in report.missed:
+        print(f"  {miss}")
+
+
+def _blame(graph: Graph, name: str) -> None:
+    from qatgraph.errors import nearest
+    from qatgraph.ir.meta import record
+
+    names = {record(n).name: record(n) for n in graph.nodes}
+    if name not in names:
+        near = nearest(name, names)
+        todo = f"did you mean {near}?" if near else "print the graph with --print-after all"
+        raise PassError("QG217", f"the graph has no node '{name}'", where="--blame", why="no node bears it", todo=todo)
+    found = names[name]
+    print(f"{name}  ({found.source or 'no line of the model'})")
+    for author in found.history or ("capture only",):
+        print(f"  {author}")

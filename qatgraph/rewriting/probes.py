@@ -1,0 +1,179 @@
+"""Runs graphs on probe inputs, in the types of the model or in float64, and keeps every named value."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from qatgraph.ir.aliases import writes
+from qatgraph.ir.graph import DimInfo, Graph, example_size
+from qatgraph.ir.meta import has_record, record, value_of
+
+Leaves = list[Any]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Every named value, in order of execution, and the leaves of the output."""
+
+    named: dict[str, torch.Tensor]
+    output: list[Any]
+
+
+class StaleError(Exception):
+    """(where, why): a value has another shape or type than the graph notes."""
+
+
+class Runner:
+    """Runs one graph: with the numbers of the model, or ``wide``, in float64.
+
+    In float64, a cast to a type narrower than float32 still rounds, and its result is widened again.
+    """
+
+    def __init__(self, graph: Graph, *, wide: bool = False) -> None:
+        self.wide = wide
+        self.module = _copied(graph.module) if wide or _has_state(graph) else graph.module
+        if wide:
+            self.module.double()
+
+    def __call__(self, leaves: Leaves, *, noted: bool = False) -> Values:
+        """Run; ``noted`` holds each value against the shape and type that the graph notes (raises StaleError)."""
+        recorder = _Wide(self.module) if self.wide else _Noted(self.module) if noted else _Recorder(self.module)
+        given = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            output = recorder.run(*given)
+        return Values(recorder.named, pytree.tree_leaves(output))
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of how it copies the structure of inputs
+        return copy.deepcopy(module)
+
+
+def _has_state(graph: Graph) -> bool:
+    """Whether a run gives a buffer a new value, which no later run may see."""
+    return any(writes(n) and isinstance(n.args[0], fx.Node) and n.args[0].op == "get_attr" for n in graph.nodes)
+
+
+def example(graph: Graph) -> Leaves:
+    return pytree.tree_leaves((graph.info.args, graph.info.kwargs))
+
+
+def probes(graph: Graph, runner: Runner) -> Iterator[tuple[Leaves, Values]]:
+    """The example inputs and a second batch, each with what ``runner`` (of the same graph) makes of it.
+
+    The second holds the same elements, which keeps their domain, in another (seeded) order, and one row more or less
+    where sizes move: what a pass baked from the example, a result or a size, is wrong there.
+    """
+    leaves = example(graph)
+    yield leaves, runner(leaves)
+    try:
+        second = _shuffled(_resized(leaves, graph.info.dims))
+        values = runner(second)
+    except Exception:  # sizes that depend on one another in a way that only the model knows
+        second = _shuffled(leaves)
+        values = runner(second)
+    yield second, values
+
+
+def _shuffled(leaves: Leaves) -> Leaves:
+    generator = torch.Generator().manual_seed(0)
+
+    def one(leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.flatten()[torch.randperm(leaf.numel(), generator=generator)].reshape(leaf.shape)
+
+    return [one(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def _resized(leaves: Leaves, dims: tuple[DimInfo, ...]) -> Leaves:
+    found, sizes = list(leaves), dict[str, int]()
+    for dim in dims:
+        leaf = found[dim.leaf]
+        have = int(leaf.shape[dim.axis])
+        other = have + 1 if dim.high is None or have < dim.high else max(have - 1, dim.low, 1)
+        size = sizes.setdefault(dim.name, other)
+        found[dim.leaf] = leaf.index_select(dim.axis, torch.arange(size) % have)
+    return found
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.named: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self.finished(n, super().run_node(n))
+        if has_record(n) and isinstance(value, torch.Tensor):
+            self.named[record(n).name] = value
+        return value
+
+    def finished(self, n: fx.Node, value: Any) -> Any:
+        return value
+
+
+class _Noted(_Recorder):
+    def finished(self, n: fx.Node, value: Any) -> Any:
+        noted = value_of(n)
+        if not (has_record(n) and isinstance(value, torch.Tensor) and isinstance(noted, torch.Tensor)):
+            return value
+        sizes = [example_size(s) for s in noted.shape]
+        if sizes != list(value.shape) or noted.dtype != value.dtype:
+            why = f"it is {type_text(value)}, the graph notes {noted.dtype}{sizes}"
+            raise StaleError(f"'{record(n).name}'", why)
+        return value
+
+
+class _Wide(_Recorder):
+    def run(self, *args: Any, **options: Any) -> Any:
+        return super().run(*map(_widened, args), **options)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs))
+        try:
+            return super().call_function(target, args, kwargs)
+        except Exception:
+            if str(target).startswith("aten."):
+                raise
+            args, kwargs = pytree.tree_map(_narrowed, (args, kwargs))  # a user's kernel may know float32 only
+            return super().call_function(target, args, kwargs)
+
+    def finished(self, n: fx.Node, value: Any) -> Any:
+        return pytree.tree_map(_widened, value)
+
+
+def _narrowed(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def type_text(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest difference over the largest finite value; NaN equals NaN, as infinity equals itself."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return 0.0 if type(a) is type(b) and a == b else float("inf")
+    a, b = a.detach(), b.detach()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    unequal = ~((a == b) | (a.isnan() & b.isnan()))
+    if not bool(unequal.any()):
+        return 0.0
+    if not a.is_floating_point():
+        return float("inf")
+    top = torch.where(a.isfinite(), a.abs(), 0).max().clamp(min=1e-30)
+    error = float((a - b).abs()[unequal].max() / top)
+    return error if error == error else float("inf")

@@ -1,0 +1,282 @@
+"""Pipelines: text that round-trips, what names and files expand to, editing, and orders that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import qatgraph as qg
+from qatgraph.errors import PassError
+from qatgraph.ir.graph import Graph
+from qatgraph.passes import BUILTIN, CANONICALIZE, PIPELINES, PLANNING
+from qatgraph.rewriting import registry
+from qatgraph.rewriting.edit import Edit
+from qatgraph.rewriting.manager import PassManager
+from qatgraph.rewriting.passes import GraphPass, Pass
+from qatgraph.rewriting.pipeline import Pipeline
+from qatgraph.rewriting.registry import make_pass
+from tests.models import captured, floats
+
+FILE = """
+from dataclasses import dataclass
+import qatgraph as qg
+
+
+@dataclass(frozen=True)
+class First(qg.PlanningPass):
+    name = "pin-nothing"
+
+    def state(self, graph, context):
+        return []
+
+
+@dataclass(frozen=True)
+class Second(First):
+    name = "pin-little"
+"""
+
+Change = Callable[[Pipeline], Pipeline]
+
+
+def names(pipeline: Pipeline) -> list[str]:
+    return [step.name for step in pipeline.steps]
+
+
+def parsed(text: str) -> Pipeline:
+    return Pipeline.parse(text)
+
+
+@dataclass(frozen=True)
+class Worded(Pass):
+    """A pass with an option of each kind."""
+
+    name = "worded"
+    text: str = ""
+    share: float = 0.5
+    count: int | None = None
+    kinds: tuple[str, ...] = ()
+    on: bool = False
+
+
+# ---------------------------------------------------------------- text
+
+WORDED = st.builds(
+    Worded,
+    text=st.text(st.sampled_from("ab ,{}()[]'\"\\\n=é"), max_size=8),
+    share=st.floats(allow_nan=False, allow_infinity=False),
+    count=st.none() | st.integers(),
+    kinds=st.lists(st.text(st.sampled_from("a,}'"), max_size=3), max_size=3).map(tuple),
+    on=st.booleans(),
+)
+BUILT_IN = st.sampled_from(list(BUILTIN)).map(make_pass)
+BYTES = st.integers(0, 10**9).map(lambda n: make_pass(f"pin-small-embeddings{{min_bytes={n}}}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worded_is_known() -> Iterator[None]:
+    """The registry knows ``worded`` in this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        inner = registry.pass_class
+        patch.setattr(registry, "pass_class", lambda name: Worded if name == "worded" else inner(name))
+        yield
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(steps=st.lists(WORDED | BUILT_IN | BYTES, max_size=6))
+def test_the_text_of_a_pipeline_round_trips(steps: list[Pass]) -> None:
+    pipeline = Pipeline(tuple(steps))
+    assert parsed(str(pipeline)) == pipeline
+    assert str(parsed(str(pipeline))) == str(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("worded{text='a,b'},worded", "worded{text='a'},worded{text='b'},worded"),
+        ("worded{text='}'}", "worded{text='{'}"),
+        ("fold-gelu,fold-silu", "fold-silu,fold-gelu"),
+        ("pin-small-embeddings{min_bytes=1}", "pin-small-embeddings"),
+    ],
+)
+def test_different_texts_are_different_pipelines(text: str, other: str) -> None:
+    assert parsed(text) != parsed(other)
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , ,"])
+def test_an_empty_text_is_the_empty_pipeline(text: str) -> None:
+    assert parsed(text) == Pipeline(())
+
+
+def test_spaces_and_empty_steps_do_not_count() -> None:
+    assert parsed(" fold-gelu , ,fold-silu ") == parsed("fold-gelu,fold-silu")
+
+
+# ---------------------------------------------------------------- expansion
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_name_of_a_pipeline_stands_for_its_steps(name: str) -> None:
+    assert names(parsed(name)) == list(PIPELINES[name])
+    assert str(parsed(f"{name},fold-gelu")) == ",".join([*PIPELINES[name], "fold-gelu"])
+
+
+def test_a_file_stands_for_the_passes_that_it_defines(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FILE, encoding="utf-8")
+    pipeline = parsed(f"fold-gelu,{file},plan")
+    assert names(pipeline) == ["fold-gelu", "pin-nothing", "pin-little", *PLANNING]
+
+
+def test_only_the_passes_that_change_the_graph_run() -> None:
+    both = parsed("plan,fold-gelu")
+    assert [p.name for p in both.graph_passes()] == ["fold-gelu"]
+    assert names(both)[0] == PLANNING[0]
+
+
+# ---------------------------------------------------------------- editing
+
+ABC = "fold-gelu,fold-silu,fold-softmax"
+EDITS: dict[str, tuple[Change, str]] = {
+    "insert at the end": (lambda p: p.insert(make_pass("fold-addmm")), f"{ABC},fold-addmm"),
+    "insert before": (
+        lambda p: p.insert(make_pass("fold-addmm"), before="fold-gelu"), f"fold-addmm,{ABC}",
+    ),
+    "insert two after": (
+        lambda p: p.insert(make_pass("fold-addmm"), make_pass("fold-silu"), after="fold-gelu"),
+        "fold-gelu,fold-addmm,fold-silu,fold-silu,fold-softmax",
+    ),
+    "remove": (lambda p: p.remove("fold-silu"), "fold-gelu,fold-softmax"),
+    "replace": (lambda p: p.replace("fold-silu", make_pass("fold-addmm")), "fold-gelu,fold-addmm,fold-softmax"),
+    "replace by two": (
+        lambda p: p.replace("fold-gelu", make_pass("fold-addmm"), make_pass("fold-gelu")), f"fold-addmm,{ABC}",
+    ),
+    "move before": (lambda p: p.move("fold-softmax", before="fold-gelu"), "fold-softmax,fold-gelu,fold-silu"),
+    "move after": (lambda p: p.move("fold-gelu", after="fold-silu"), "fold-silu,fold-gelu,fold-softmax"),
+    "move to the end": (lambda p: p.move("fold-gelu"), "fold-silu,fold-softmax,fold-gelu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_gives_a_new_pipeline_and_keeps_the_old(edit: str) -> None:
+    old = parsed(ABC)
+    change, text = EDITS[edit]
+    assert str(change(old)) == text
+    assert str(old) == ABC
+
+
+ABSENT: dict[str, tuple[Change, str, str]] = {
+    "remove": (lambda p: p.remove("fold-gellu"), "'fold-gellu'", "did you mean 'fold-gelu'?"),
+    "replace": (lambda p: p.replace("nothing", make_pass("fold-gelu")), "'nothing'", "no step bears this name"),
+    "move": (lambda p: p.move("fold-sillu", before="fold-gelu"), "'fold-sillu'", "did you mean 'fold-silu'?"),
+    "before": (lambda p: p.insert(before="fold-addmm"), "'fold-addmm'", ""),
+    "after": (lambda p: p.move("fold-gelu", after="fold-addmm"), "'fold-addmm'", ""),
+    "beside itself": (lambda p: p.move("fold-gelu", after="fold-gelu"), "'fold-gelu'", ""),
+    "two places": (
+        lambda p: p.insert(before="fold-gelu", after="fold-silu"),
+        "before 'fold-gelu' and after 'fold-silu' at once", "one place is wanted",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", ABSENT)
+def test_qg212_a_step_that_the_pipeline_does_not_have(edit: str) -> None:
+    change, step, why = ABSENT[edit]
+    with pytest.raises(PassError) as caught:
+        change(parsed(ABC))
+    error = caught.value
+    assert (error.code, error.what) == ("QG212", f"the pipeline has no step {step}")
+    assert why in error.why
+    assert "fold-softmax" in error.where
+    assert error.todo
+
+
+# ---------------------------------------------------------------- order
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(torch_tanh(x), inplace=True)
+
+
+def torch_tanh(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+@dataclass(frozen=True)
+class Watched(GraphPass):
+    """Notes that it ran."""
+
+    name = "watched"
+    requires = ("functional",)
+    ran = False
+
+    def apply(self, graph: Graph, edit: Edit) -> None:
+        type(self).ran = True
+
+
+def test_qg213_a_pass_before_what_it_requires_is_refused_before_anything_runs() -> None:
+    graph = qg.capture(InPlace(), floats(2, 4))
+    pipeline = Pipeline((Watched(), make_pass("functionalize-in-place")))
+    Watched.ran = False
+    with pytest.raises(PassError) as caught:
+        PassManager(pipeline.steps).run(graph)
+    error = caught.value
+    assert (error.code, error.what) == (
+        "QG213", "'watched' requires that the graph is functional, which nothing before it ensures",
+    )  # fmt: skip
+    assert error.why.startswith("functional: no operation writes into its input")
+    assert error.todo == "put 'functionalize-in-place' before it"
+    assert not Watched.ran
+    PassManager(pipeline.move("watched").steps).run(graph)
+    assert Watched.ran
+
+
+def test_qg213_a_pipeline_in_which_nothing_ensures_it() -> None:
+    with pytest.raises(PassError, match="QG213") as caught:
+        parsed("fold-layer-norm").check_order()
+    assert caught.value.todo == "put a pass before it that ensures 'functional'"
+    parsed("fold-layer-norm").check_order({"functional"})
+
+
+def test_a_graph_that_has_the_property_needs_no_pass_that_ensures_it() -> None:
+    PassManager(parsed("fold-layer-norm").steps).run(captured("mlp"))
+
+
+def test_the_built_in_pipelines_stand_in_an_order_that_holds() -> None:
+    parsed("canonicalize").check_order()
+    with pytest.raises(PassError, match="QG213"):
+        parsed("canonicalize").remove("functionalize-in-place").check_order()
+    assert CANONICALIZE[0] == "functionalize-in-place"
+
+
+# ---------------------------------------------------------------- names and options that are wrong
+
+WRONG: dict[str, tuple[str, str]] = {
+    "fold-gellu": ("QG201", "did you mean 'fold-gelu'?"),
+    "fold-gelu,canonicalise": ("QG201", "there is no pass 'canonicalise'"),
+    "canonicalize{a=1}": ("QG201", "there is no pass 'canonicalize'"),
+    "no/such/file.py": ("QG201", "there is no file of passes"),
+    "fold-gelu{eps=1}": ("QG202", "fold-gelu"),
+    "pin-small-embeddings{min_bytes=1": ("QG202", "it does not end in }"),
+    "fold-silu,pin-small-embeddings{min_bytes='1": ("QG202", "pin-small-embeddings"),
+    "pin-small-embeddings{min_bytes=1}fold-gelu": ("QG202", "it does not end in }"),
+    "pin-small-embeddings{min_bytes='x'}": ("QG202", "int"),
+    "{min_bytes=1}": ("QG201", "there is no pass ''"),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_text_that_names_no_pass_or_a_wrong_option(text: str) -> None:
+    code, sentence = WRONG[text]
+    with pytest.raises(PassError) as caught:
+        parsed(text)
+    assert caught.value.code == code
+    assert sentence in str(caught.value)
+    assert caught.value.todo
