@@ -34,6 +34,8 @@ BUILTIN: dict[str, str] = {
     # rewrites on request
     "fold-attention-scale": "FoldAttentionScale",
     "merge-query-key-value": "MergeQueryKeyValue",
+    "equalize-layers": "EqualizeLayers",
+    "keep-pruning-masks": "KeepPruningMasks",
     # planning
     "pin-layer-norm": "PinLayerNorm",
     "pin-rms-norm": "PinRmsNorm",
@@ -78,6 +80,8 @@ CANONICALIZE: tuple[str, ...] = (
 ON_REQUEST: tuple[str, ...] = (
     "fold-attention-scale",
     "merge-query-key-value",
+    "equalize-layers",
+    "keep-pruning-masks",
 )
 
 PLANNING: tuple[str, ...] = (

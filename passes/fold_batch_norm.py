@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from qatgraph.ir.graph import Graph
+from qatgraph.ir.masks import weight_of
 from qatgraph.ir.meta import record
 from qatgraph.ir.stages import Stage
+from qatgraph.rewriting.channels import LAYERS, Channels
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
 from qatgraph.rewriting.passes import RewritePass, within
-from qatgraph.rewriting.pattern import Any, Const, Match, Op, Opt
+from qatgraph.rewriting.pattern import Alt, Any, Const, Match, Op, Opt, Refusal
 
 _LAYER = Op(
-    "conv1d|conv2d|conv3d|conv_transpose1d|conv_transpose2d|linear",
-    Any("x"), Const("weight"), Opt(Const("bias")), name="layer", users=1,
+    "|".join(LAYERS), Any("x"), Alt(Op("mul", Const("weight"), Const("mask"), name="masked", users=1), Const("weight")),
+    Opt(Const("bias")), name="layer", users=1,
 )  # fmt: skip
 
 
@@ -28,7 +29,8 @@ class FoldBatchNorm(RewritePass):
     What: ``w * gamma / sqrt(var + eps)`` and the matching bias become new parameters (Jacob et al., arXiv:1712.05877).
     Why: the engine runs one kernel, and the weight that is quantized is the one that is deployed.
     Before and after: conv2d, batch_norm become one conv2d over ``weight/folded`` and ``bias/folded``.
-    Refuses: a layer that something else reads; a batch norm in training mode.
+    Refuses: a layer that something else reads; a batch norm in training mode. A weight behind a pruning mask stays
+        behind it.
     Numerics: within 1e-5 (new parameters are rounded to float32).
     """
 
@@ -41,40 +43,41 @@ class FoldBatchNorm(RewritePass):
         name="norm", where={"training": False},
     )  # fmt: skip
 
+    def check(self, match: Match) -> Refusal | None:
+        if weight_of(match["layer"].args[1]) is None:
+            return match.refuse(f"'{record(match['masked']).name}' is no weight behind a mask")
+        return None
+
     def rewrite(self, match: Match, edit: Edit) -> None:
         layer, norm = match["layer"], match["norm"]
-        path = str(match["weight"].target)
-        trains = edit.graph.parameter(match["weight"]).requires_grad  # type: ignore[union-attr]
-        paths = (f"{path}/folded", f"{path.removesuffix('weight')}bias/folded")
-        folded = [
-            edit.parameter(p, value.float().requires_grad_(trains), at=norm)
-            for p, value in zip(paths, _weight_and_bias(match, edit.graph), strict=True)
-        ]
-        args = (layer.args[0], *folded, *layer.args[3:])
+        source = weight_of(layer.args[1])
+        assert source is not None
+        path, trains = str(source.parameter.target), source.stored.requires_grad
+        stem = path.removesuffix("weight") if path.endswith("weight") else f"{path}/"
+        paths = (f"{path}/folded", f"{stem}bias/folded")
+        weight, bias = (
+            edit.parameter(p, value.float().requires_grad_(trains), at=layer)
+            for p, value in zip(paths, _weight_and_bias(source.stored, match, edit.graph), strict=True)
+        )
+        if source.mask is not None:
+            product = match["masked"]
+            weight = edit.operator(product.target, weight, source.mask, at=layer, near=product)
+            edit.replace(product, weight)
+        args = (layer.args[0], weight, bias, *layer.args[3:])
         new = edit.operator(layer.target, *args, at=norm, near=layer, **layer.kwargs)
         edit.replace(layer, new)  # the layer keeps its name
         edit.bypass(norm, new)
 
 
-def _weight_and_bias(match: Match, graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
+def _weight_and_bias(weight: torch.Tensor, match: Match, graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
     def tensor(name: str) -> torch.Tensor | None:
         found = graph.parameter(match[name]) if name in match else None
         return None if found is None else found.detach().double()
 
-    weight, mean, variance = tensor("weight"), tensor("mean"), tensor("variance")
-    assert weight is not None
+    mean, variance = tensor("mean"), tensor("variance")
     assert mean is not None
     assert variance is not None
     gamma, beta, bias = tensor("gamma"), tensor("beta"), tensor("bias")
     factor = torch.rsqrt(variance + attribute(match["norm"], "eps")) * (1.0 if gamma is None else gamma)
     shift = (0.0 if beta is None else beta) + ((0.0 if bias is None else bias) - mean) * factor
-    return _scaled(match["layer"], weight, factor), shift
-
-
-def _scaled(layer: fx.Node, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Each output channel times its factor; a transposed convolution has them on axis 1, by group."""
-    if not record(layer).kind.startswith("conv_transpose"):
-        return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    groups = int(attribute(layer, "groups"))
-    split = weight.reshape(groups, -1, *weight.shape[1:])
-    return (split * factor.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
+    return Channels.of(match["layer"]).scaled(weight.detach().double(), output=factor), shift

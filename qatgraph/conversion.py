@@ -10,6 +10,7 @@ from torch import fx
 
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph, arguments
+from qatgraph.ir.masks import Weight, masked, weight_of
 from qatgraph.ir.meta import record
 from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage, verify_structure
@@ -48,6 +49,7 @@ def convert(prepared: Graph) -> Graph:
                 (_table if len(node.args) > 1 else _weight)(node, module, edit)
     plan: Plan = graph.info.plan
     _biases([p.node for p in plan.placements if p.bias == "int32"], graph, edit)
+    _masks(edit)
     graph.module.graph.eliminate_dead_code()
     graph = graph.clone()  # holds what the graph reads, and nothing else: no float weights
     graph.set_info(stage=Stage.QDQ)
@@ -90,9 +92,7 @@ def _dequantize(
 
 
 def _weight(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
-    weight = edit.graph.parameter(node.args[0])  # type: ignore[arg-type]
-    assert weight is not None
-    q, scale, zero = _integer_weight(node, str(node.args[0].target), weight, module, edit)  # type: ignore[union-attr]
+    q, scale, zero = _integer_weight(node, _weight_behind(node.args[0]), module, edit)
     _dequantize(node, list(node.users), q, scale, zero, module.spec.axis or 0, edit)
 
 
@@ -100,10 +100,7 @@ def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
     """``fake_quantize(embedding(table), table)`` -> ``dequantize(embedding(int8 table))``."""
     lookup, source = node.args
     assert isinstance(lookup, fx.Node)
-    assert isinstance(source, fx.Node)
-    table = edit.graph.parameter(source)
-    assert table is not None
-    q, scale, zero = _integer_weight(lookup, str(source.target), table, module, edit)
+    q, scale, zero = _integer_weight(lookup, _weight_behind(source), module, edit)
     lookup.update_arg(0, q)
     lookup.meta["val"] = lookup.meta["val"].to(torch.int8)
     rows = edit.custom(DEQUANTIZE, lookup, scale, zero, 0, at=node, near=lookup, kind="dequantize")
@@ -111,13 +108,14 @@ def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
 
 
 def _integer_weight(
-    at: fx.Node, path: str, weight: torch.Tensor, module: WeightFakeQuantize, edit: Edit
+    at: fx.Node, source: Weight, module: WeightFakeQuantize, edit: Edit
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
+    path, weight = source.path, source.tensor
     if not bool(torch.isfinite(weight).all()):
         raise LowerError(
             "QG507",
             "a weight contains NaN or infinity",
-            where=path,
+            where=str(source.parameter.target),
             why="it has no grid, and the file would hide it behind finite numbers",
             todo="look for the step at which training diverged; lower an earlier state",
         )
@@ -137,7 +135,7 @@ def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
         node = nodes[name]
         x, weight, bias = (arg for _, arg in list(arguments(node))[:3])
         scale = _parameter(graph, x.args[1]) * _parameter(graph, weight.args[1])
-        steps = _parameter(graph, bias).double() / scale.double()
+        steps = _weight_behind(bias).tensor.double() / scale.double()
         sums = _parameter(graph, weight.args[0]).double().abs().sum(1) * WIDEST
         top = float((steps.abs() + sums).max())
         if not top <= DType.S32.qmax:  # also when it is NaN
@@ -157,6 +155,20 @@ def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
             edit.constant(f"{path}/zero_point", torch.zeros_like(scale, dtype=torch.int32), node),
         ]
         node.update_arg(2, edit.custom(DEQUANTIZE, *parts, 0, at=node, near=node, kind="dequantize"))
+
+
+def _masks(edit: Edit) -> None:
+    """What is left of the masks, in front of layers in float: multiply once, so that the file holds the zeros."""
+    for node in edit.graph.nodes:
+        weight = masked(node) if node.users else None
+        if weight is not None:
+            node.replace_all_uses_with(edit.constant(weight.path, weight.tensor, node))
+
+
+def _weight_behind(argument: object) -> Weight:
+    weight = weight_of(argument)
+    assert weight is not None
+    return weight
 
 
 def _parameter(graph: Graph, node: fx.Node) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 WIDTH, HEADS, VOCABULARY = 32, 2, 50
 
@@ -157,3 +158,42 @@ class Clip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc(x)
         return y * torch.sigmoid(1.702 * y) @ self.projection + self.shift
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """The 2:4 mask of a weight: of four neighbours along the last axis, the two larger stay."""
+    kept = weight.detach().abs().reshape(-1, 4).topk(2).indices
+    return torch.zeros(weight.numel() // 4, 4).scatter_(1, kept, 1.0).reshape(weight.shape)
+
+
+class Masked(nn.Module):
+    """A parametrization that keeps a weight behind its 2:4 mask."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", two_of_four(weight))
+        self.mask: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+class Pruned(nn.Module):
+    """A table and an MLP, 2:4 pruned: by zeros that were written, and ``down`` by a parametrization.
+
+    [batch, length] -> [batch, 32].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.act = nn.Embedding(VOCABULARY, WIDTH), nn.ReLU()
+        self.up, self.down, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            for module in (self.token, self.up):
+                module.weight.mul_(two_of_four(module.weight))
+        parametrize.register_parametrization(self.down, "weight", Masked(self.down.weight))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.token(input_ids)
+        y: Tensor = self.head(self.down(self.act(self.up(x))).mean(1))
+        return y

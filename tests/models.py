@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import qatgraph as qg
 from qatgraph.ir.graph import Batch, Graph, bind
-from tests.blocks import Clip, Cnn, Llama, Written
+from tests.blocks import Clip, Cnn, Llama, Pruned, Written
 
 WIDTH, HEADS, VOCABULARY, MAX_LENGTH = 32, 2, 50, 64
 BATCH, LENGTH = {0: "batch"}, {0: "batch", 1: Dim("length", max=MAX_LENGTH)}
@@ -191,6 +191,7 @@ RAW: dict[str, Case] = {
     "written": Case(Written, lambda seed: floats(2, 5, WIDTH, seed=seed), {"x": LENGTH}),
     "llama": Case(Llama, lambda seed: tokens(2, 5, seed), {"input_ids": BATCH}),
     "clip": Case(Clip, lambda seed: floats(4, WIDTH, seed=seed), {"x": BATCH}),
+    "pruned": Case(Pruned, lambda seed: tokens(2, 5, seed), {"input_ids": BATCH}),
     "decomposed": Case(Encoder, lambda seed: padded(2, 6, seed), decomposed=True),
 }
 

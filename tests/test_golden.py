@@ -19,7 +19,7 @@ from tests.models import canonical, captured
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}| object>|<function|\[[^\]]*\bs\d+\b|/(?:home|tmp|usr|root)/")
 MODELS = ("mlp", "encoder")
-READ = ("cnn", "written", "llama", "clip", "decomposed")  # what the passes make of them
+READ = ("cnn", "written", "llama", "clip", "pruned", "decomposed")  # what the passes make of them
 
 
 def plan_text(name: str) -> str:

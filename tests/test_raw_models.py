@@ -23,6 +23,7 @@ READ: dict[str, dict[str, int]] = {
     "written": {"layer_norm": 1, "linear": 3, "matmul": 2, "softmax": 1, "gelu": 1, "split": 0, "exp": 0, "pow": 0},
     "llama": {"rms_norm": 2, "linear": 7, "attention": 1, "silu": 1, "residual_add": 2, "chunk": 0, "cos": 0},
     "clip": {"linear": 2, "matmul": 0},
+    "pruned": {"linear": 3, "embedding": 1, "relu": 1, "mul": 1},
     "decomposed": {"layer_norm": 2, "linear": 6, "matmul": 2, "safe_softmax": 1, "addmm": 0, "native_layer_norm": 0},
 }
 REGIONS: dict[str, set[str]] = {
@@ -30,6 +31,7 @@ REGIONS: dict[str, set[str]] = {
     "written": {"attention", "gelu"},
     "llama": {"rotary"},
     "clip": {"quick_gelu"},
+    "pruned": {"relu"},
     "decomposed": {"attention"},
 }
 

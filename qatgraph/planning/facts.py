@@ -18,7 +18,10 @@ Size = int | str  # a dynamic size bears the user's name
 
 @dataclass(frozen=True)
 class ParameterFact:
-    """A parameter that a node reads: ``storage`` is the first path of the same tensor (ties are equal there)."""
+    """A parameter that a node reads: ``storage`` is the first path of the same tensor (ties are equal there).
+
+    A weight behind a pruning mask has the path of its parameter, and both in its storage.
+    """
 
     role: str
     path: str
@@ -108,6 +111,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     from torch import fx
 
     from qatgraph.ir.graph import arguments, example_size, size_text
+    from qatgraph.ir.masks import ROLES, weight_of
     from qatgraph.ir.meta import has_record, record, value_of
 
     symbols = graph.size_names()
@@ -116,6 +120,9 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
         tensor = graph.parameter(node)
         if tensor is not None:
             storage.setdefault(id(tensor), str(node.target))
+
+    def first_path(*nodes: fx.Node | None) -> str:
+        return " * ".join(storage[id(graph.parameter(n))] for n in nodes if n is not None)
 
     varying = _varying(graph)
 
@@ -131,11 +138,11 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
         for role, arg in arguments(node):
             if not isinstance(arg, fx.Node):
                 continue
-            tensor = graph.parameter(arg)
-            if tensor is not None:
-                size = tensor.numel() * tensor.element_size()
-                path = str(arg.target)
-                parameters.append(ParameterFact(role, path, storage[id(tensor)], tuple(tensor.shape), size))
+            weight = weight_of(arg) if role in ROLES or arg.op == "get_attr" else None
+            if weight is not None:
+                path, paths = str(weight.parameter.target), first_path(weight.parameter, weight.mask)
+                size = weight.stored.numel() * weight.stored.element_size()
+                parameters.append(ParameterFact(role, path, paths, tuple(weight.stored.shape), size))
             elif isinstance(value_of(arg), torch.Tensor):
                 x_bytes = x_bytes if x_shape else math.prod(example_size(s) for s in value_of(arg).shape) * 4
                 x_shape = x_shape or shape(value_of(arg))

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from qatgraph.errors import PassError
 from qatgraph.ir.graph import Graph, arguments, example_size
+from qatgraph.ir.masks import masked, weight_of
 from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.properties import PROPERTIES, held
 from qatgraph.rewriting.passes import GraphPass
@@ -123,13 +124,13 @@ def check_constants(one: GraphPass, before: Graph, after: Graph) -> None:
 
 
 def _constants(graph: Graph) -> dict[tuple[str, str], torch.Tensor]:
-    """(node, role) -> each parameter or buffer that an operation reads."""
+    """(node, role) -> each parameter or buffer that an operation reads; a masked one as the layer reads it."""
     found = {}
     for node in graph.nodes:
-        for role, argument in arguments(node):
-            tensor = graph.parameter(argument) if isinstance(argument, fx.Node) else None
-            if tensor is not None:
-                found[record(node).name, role] = tensor
+        for role, argument in arguments(node) if masked(node) is None else ():
+            weight = weight_of(argument)
+            if weight is not None:
+                found[record(node).name, role] = weight.tensor
     return found
 
 

@@ -136,6 +136,12 @@ class Edit:
         old.replace_all_uses_with(new)
         self.graph.module.graph.erase_node(old)
 
+    def reread(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let a node read ``new`` where it read ``old``; everything else of it stays."""
+        self._change(node)
+        node.replace_input_with(old, new)
+        stamp(node, self.author)
+
     def bypass(self, node: fx.Node, source: fx.Node) -> None:
         """Remove a node whose result equals ``source``."""
         self._change(node)
