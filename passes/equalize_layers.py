@@ -184,6 +184,8 @@ def _moved(node: fx.Node, axis: int, reader: fx.Node) -> int | str:
         return axis if attribute(reader, "keepdim") else axis - sum(d < axis for d in gone)
     if kind in ("flatten", "reshape") and axis == 1 and _flattens(node, reader):
         return axis
+    if kind == "reshape" and axis == rank - 1 and value_of(reader).shape[-1] == value_of(node).shape[-1]:
+        return int(value_of(reader).ndim) - 1
     return f"'{record(reader).name}', which reads it, does not keep the scale and place of a channel"
 
 

@@ -30,7 +30,7 @@ X, SEQUENCE, IMAGE = floats(4, 8), floats(2, 4, 9), floats(2, 4, 6, 6)
 
 
 class Net(nn.Module):
-    """Modules in a row, with seeded parameters. The outputs of every layer are scaled by up to 64 up or down, by channel.
+    """Modules in a row, with seeded parameters. The channels of every layer are scaled by up to 64, up or down.
 
     ``kept``: and the next layer takes it back, so that the model computes what it did.
     """
@@ -76,6 +76,11 @@ class Mean(nn.Module):
         return x.mean((2, 3), keepdim=self.keep)
 
 
+class Rows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, 2, x.shape[-1])
+
+
 CHAINS: dict[str, tuple[tuple[nn.Module, ...], Tensor]] = {
     "linears": ((nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 7), nn.Linear(7, 3)), X),
     "without bias": ((nn.Linear(8, 6, bias=False), nn.Dropout(0.1), nn.Linear(6, 7)), X),
@@ -88,6 +93,7 @@ CHAINS: dict[str, tuple[tuple[nn.Module, ...], Tensor]] = {
     "pooled": ((nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)), IMAGE),
     "mean": ((nn.Conv2d(4, 6, 3), Mean(keep=False), nn.Linear(6, 5)), IMAGE),
     "kept mean": ((nn.Conv2d(4, 6, 3), Mean(keep=True), nn.Conv2d(6, 5, 1)), IMAGE),
+    "rows": ((nn.Linear(8, 6), Rows(), nn.ReLU(), nn.Linear(6, 5)), X),
     "one image": ((nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1)), IMAGE[0]),
     "deep": (tuple(nn.Linear(8, 8) for _ in range(24)), X),
 }  # fmt: skip

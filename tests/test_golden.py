@@ -16,10 +16,13 @@ from qatgraph.ir.graph import Graph
 from tests.conftest import GOLDEN, Golden, compare_golden
 from tests.models import MODELS as ALL
 from tests.models import canonical, captured
+from tests.rewritten import after
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}| object>|<function|\[[^\]]*\bs\d+\b|/(?:home|tmp|usr|root)/")
 MODELS = ("mlp", "encoder")
 READ = ("cnn", "written", "llama", "clip", "pruned", "decomposed")  # what the passes make of them
+
+ON_REQUEST = {"equalize-layers": "cnn", "keep-pruning-masks": "pruned"}
 
 
 def plan_text(name: str) -> str:
@@ -37,6 +40,11 @@ def test_graph(name: str, stage: Callable[[str], Graph], golden: Golden) -> None
 @pytest.mark.parametrize("name", READ)
 def test_what_the_passes_read(name: str, golden: Golden) -> None:
     golden(f"{name}.canonical", str(canonical(name)))
+
+
+@pytest.mark.parametrize("name", ON_REQUEST)
+def test_what_a_pass_on_request_makes(name: str, golden: Golden) -> None:
+    golden(name, str(after(canonical(ON_REQUEST[name]), name)))
 
 
 def test_plan(golden: Golden) -> None:
