@@ -29,6 +29,9 @@ from tests.rewritten import after, lines, rewritten
 X, SEQUENCE, IMAGE = floats(4, 8), floats(2, 4, 9), floats(2, 4, 6, 6)
 
 
+# ---------------------------------------------------------------- equalize-layers
+
+
 class Net(nn.Module):
     """Modules in a row, with seeded parameters. The channels of every layer are scaled by up to 64, up or down.
 
