@@ -24,7 +24,8 @@ class FunctionalizeInPlace(GraphPass):
         reads the new value.
     Why: a pattern may then look at values without the order of reads and writes.
     Before and after: ``relu_(x); f(x)`` becomes ``y = relu(x); f(y)``.
-    Refuses: the new value of a buffer (``copy_``). Writes into views do not arise: capture takes them apart.
+    Refuses: the new value of a buffer (``copy_``), and operations that are not ATen's, whatever their name. Writes into
+        views do not arise: capture takes them apart.
     Numerics: same.
     """
 
@@ -41,9 +42,9 @@ class FunctionalizeInPlace(GraphPass):
 
 
 def _functional(node: fx.Node) -> Any:
-    """The overload of the same name without the underscore, if there is one."""
+    """ATen's overload of the same name without the underscore, if there is one."""
     name = operator_name(node)
-    if not name.endswith("_") or name == BUFFER_WRITE:
+    if not str(node.target).startswith("aten.") or not name.endswith("_") or name == BUFFER_WRITE:
         return None
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     return getattr(packet, str(node.target).split(".")[2], None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.export import Dim
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 import qatgraph as qg
-from qatgraph.errors import CaptureError
+from qatgraph.errors import CaptureError, PassError
 from qatgraph.ir.graph import Batch, Graph
 from qatgraph.ir.meta import record
 from tests.models import LENGTH, WIDTH, ZOO, Encoder, Mlp, Tied, captured, floats, padded, tokens
@@ -431,6 +432,23 @@ def test_qg102_too_many_inputs_is_not_blamed_on_the_standard_library() -> None:
     assert "inspect.py" not in error.where
 
 
+def test_qg107_an_operation_of_ones_own_that_writes_into_its_argument() -> None:
+    own = torch.library.custom_op(
+        "capturelib::twice_", lambda x: None, mutates_args=("x",), schema="(Tensor(a!) x) -> ()"
+    )
+
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            own(y)
+            return y
+
+    error = refusal(Writes(), floats(2, 4))
+    assert (error.code, error.what) == ("QG107", "the operation 'capturelib.twice_' writes into its arguments")
+    assert error.where.startswith("test_capture.py:")
+    assert "mutates_args=()" in error.todo
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_qg103_a_weight_that_is_not_finite(value: float) -> None:
     model = ZOO["mlp"].model()
@@ -566,3 +584,25 @@ def test_qg110_an_empty_batch_and_one_below_the_bound() -> None:
     axes = {1: Dim("length", min=4, max=64)}
     graph = qg.capture(ZOO["encoder"].model(), padded(2, 6), {"input_ids": axes, "attention_mask": axes})
     misfit(graph, padded(2, 3))
+
+
+# ---------------------------------------------------------------- names and hashes
+
+
+@pytest.mark.parametrize(("name", "near"), [("up:linaer", "did you mean 'up:linear'?"), ("zzz", "print the graph")])
+def test_a_name_that_no_node_bears_is_refused_with_the_nearest(name: str, near: str) -> None:
+    assert record(captured("mlp").node("up:linear")).name == "up:linear"
+    with pytest.raises(PassError, match=f"QG217: the graph has no node '{name}'") as caught:
+        captured("mlp").node(name)
+    assert near in caught.value.todo
+
+
+def dropped(rate: float, name: str = "drop") -> Graph:
+    layers: list[tuple[str, nn.Module]] = [("fc", nn.Linear(4, 4)), (name, nn.Dropout(rate))]
+    return qg.canonicalize(qg.capture(nn.Sequential(OrderedDict(layers)), floats(2, 4)))
+
+
+def test_what_a_module_is_set_to_enters_the_structural_hash_and_its_name_does_not() -> None:
+    assert {n.op for n in dropped(0.1).nodes} == {"call_function", "call_module"}
+    assert dropped(0.1).structural_hash() != dropped(0.2).structural_hash()
+    assert dropped(0.1).structural_hash() == dropped(0.1, "other").structural_hash()

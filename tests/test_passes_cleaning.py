@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import qatgraph as qg
+from qatgraph.errors import PassError
 from qatgraph.ir.properties import held
 from tests.models import BATCH, captured, floats
 from tests.rewritten import Function, X, after, kinds, lines, of, rewritten
@@ -51,6 +52,17 @@ def test_a_write_becomes_a_computation(name: str) -> None:
     assert kinds(graph) == want
     assert refused == {}
     assert torch.equal(graph(X), function(X))
+
+
+def test_an_operation_of_another_library_is_no_form_of_atens() -> None:
+    """``cleaninglib.relu_`` need not compute what ``aten.relu`` does."""
+    torch.library.custom_op("cleaninglib::relu_", lambda x: None, mutates_args=("x",), schema="(Tensor(a!) x) -> ()")
+    before = of(lambda x: (x * 2).relu_())
+    before.node("Function:relu_").target = torch.ops.cleaninglib.relu_.default
+    with pytest.raises(PassError, match=r"QG211[\s\S]*'Function:relu_' writes into its input"):
+        rewritten("functionalize-in-place", before)
+    before.node("Function:relu_").target = torch.ops.aten.relu_.default
+    assert kinds(rewritten("functionalize-in-place", before)[0]) == ["mul", "relu"]
 
 
 def read_before_and_after(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,15 +179,9 @@ def _explain(report: PassReport) -> None:
 
 
 def _blame(graph: Graph, name: str) -> None:
-    from qatgraph.errors import nearest
     from qatgraph.ir.meta import record
 
-    names = {record(n).name: record(n) for n in graph.nodes}
-    if name not in names:
-        near = nearest(name, names)
-        todo = f"did you mean {near}?" if near else "print the graph with --print-after all"
-        raise PassError("QG217", f"the graph has no node '{name}'", where="--blame", why="no node bears it", todo=todo)
-    found = names[name]
+    found = record(graph.node(name))
     print(f"{name}  ({found.source or 'no line of the model'})")
     for author in found.history or ("capture only",):
         print(f"  {author}")

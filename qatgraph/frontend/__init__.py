@@ -46,7 +46,8 @@ def capture(
 
     Raises:
         CaptureError: QG101 data-dependent control flow, QG102 other failures of the export, QG103 NaN in weights,
-            QG104 a dynamic dimension does not hold, QG105 wrong names, QG106 inputs are missing or superfluous.
+            QG104 a dynamic dimension does not hold, QG105 wrong names, QG106 inputs are missing or superfluous,
+            QG107 an operation of a user's library writes into its arguments.
     """
     if isinstance(model, ExportedProgram):
         found = _from_program(model, inputs, dynamic_shapes)

@@ -81,6 +81,17 @@ def nested(node: fx.Node, root: str) -> CaptureError:
     )
 
 
+def foreign_write(node: fx.Node) -> CaptureError:
+    name = str(node.target).removesuffix(".default")
+    return CaptureError(
+        "QG107",
+        f"the operation '{name}' writes into its arguments",
+        where=source(node) or name,
+        why=f"a graph holds values that nobody changes, and no other form of it is known: {node.target._schema}",  # type: ignore[union-attr]
+        todo="let it return a new tensor, with mutates_args=()",
+    )
+
+
 def source(node: fx.Node) -> str:
     """``file.py:line`` of the user's code: the last frame in a file, without the folders of this machine."""
     library = str(Path(torch.__file__).parent)

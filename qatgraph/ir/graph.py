@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from qatgraph.errors import CaptureError
+from qatgraph.errors import CaptureError, PassError, nearest
 from qatgraph.ir.meta import has_record, record, value_of
 from qatgraph.ir.names import Namer
 from qatgraph.ir.stages import Stage
@@ -92,7 +92,22 @@ class Graph:
         return [n for n in self.module.graph.nodes if has_record(n)]
 
     def node(self, name: str) -> fx.Node:
-        return next(n for n in self.nodes if record(n).name == name)
+        """The operation of a name.
+
+        Raises:
+            PassError: QG217 the graph has none of this name.
+        """
+        named = {record(n).name: n for n in self.nodes}
+        if name not in named:
+            near = nearest(name, named)
+            raise PassError(
+                "QG217",
+                f"the graph has no node '{name}'",
+                where=f"graph {self.info.root}, {len(named)} nodes",
+                why="no operation bears this name",
+                todo=f"did you mean {near}?" if near else "print the graph to see its names",
+            )
+        return named[name]
 
     def namer(self) -> Namer:
         return Namer(record(n).name for n in self.nodes)
@@ -175,13 +190,19 @@ class Graph:
         return {str(value_of(placeholders[d.leaf]).shape[d.axis]): d.name for d in self.info.dims}
 
     def structural_hash(self) -> str:
-        """SHA-256 of operations, links, constants and shapes; names and values do not enter."""
+        """SHA-256 of operations, links, constants, shapes, the paths of parameters, and what modules are set to.
+
+        Names of operations and modules do not enter, nor do values of parameters.
+        """
+        modules = dict(self.module.named_modules(remove_duplicate=False))
         index = {n: i for i, n in enumerate(self.module.graph.nodes)}
         digest = hashlib.sha256()
         for node in self.module.graph.nodes:
             args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")
             shape = tuple(value_of(node).shape) if isinstance(value_of(node), torch.Tensor) else ()
             target = node.target if node.op in ("call_function", "get_attr") else node.op
+            if node.op == "call_module":
+                target = _set_to(modules[str(node.target)])
             digest.update(repr((node.op, str(target), str(args), [symbol_free(s) for s in shape])).encode())
         return digest.hexdigest()
 
@@ -248,6 +269,11 @@ def example_size(size: object) -> int:
     node = getattr(size, "node", None)
     hint = getattr(node, "hint", None)
     return int(hint) if hint is not None else 1
+
+
+def _set_to(module: torch.nn.Module) -> str:
+    """Class and configuration: ``Dropout(p=0.1, inplace=False)``."""
+    return f"{type(module).__name__}({module.extra_repr()})"
 
 
 def symbol_free(size: Any) -> int | str:
