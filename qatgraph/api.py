@@ -143,7 +143,11 @@ def lower(qat: torch.nn.Module, path: str | Path) -> Path:
 
 
 def load_backend(plan: Plan) -> Any:
-    """The module that lowers, loads and audits for the plan's target."""
+    """The module that lowers, loads and audits for the plan's target.
+
+    Raises:
+        TargetError: QG403 its table names none, or one that is not there, does not import, or cannot lower.
+    """
     if not plan.backend:
         raise TargetError(
             "QG403",
@@ -153,7 +157,26 @@ def load_backend(plan: Plan) -> Any:
             todo="write a module with lower(graph, plan), write, load and audit beside backends/ort_cpu.py, "
             "and name it in the table: backend = '...'",
         )
-    return import_module(f"qatgraph.backends.{plan.backend}")
+    try:
+        found = import_module(f"qatgraph.backends.{plan.backend}")
+    except ImportError as error:
+        raise _no_backend(plan, str(error)) from error
+    if not hasattr(found, "lower"):
+        raise _no_backend(plan, f"qatgraph.backends.{plan.backend} has no function lower(graph, plan)")
+    return found
+
+
+def _no_backend(plan: Plan, why: str) -> TargetError:
+    from qatgraph.planning.target import backend_names
+
+    known = backend_names()
+    return TargetError(
+        "QG403",
+        f"the backend '{plan.backend}' cannot be used",
+        where=f"backend = '{plan.backend}' in the table of the target '{plan.target}'",
+        why=why,
+        todo=f"name one that exists ({', '.join(known)}), or leave the key out, to plan only",
+    )
 
 
 def verify(

@@ -104,6 +104,8 @@ class QuantSpec:
         granularity = Granularity(name)
         if bool(bracket) != axis.endswith(")") or bool(bracket) != (granularity is Granularity.PER_CHANNEL):
             raise ValueError(f"'{words[2]}' is neither 'per-tensor' nor 'per-channel(AXIS)'")
+        if axis.startswith("-"):
+            raise ValueError(f"'{words[2]}' counts its axis from the end; count from 0 at the front")
         return cls(
             dtype=DType(words[0]),
             scheme=Scheme(words[1]),

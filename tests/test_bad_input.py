@@ -145,6 +145,20 @@ def test_target_without_a_backend(refused: Refused) -> None:
     assert "backend" in error.todo
 
 
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [("ort_gpu", "No module named 'qatgraph.backends.ort_gpu'"), ("emulation", "has no function lower(graph, plan)")],
+)
+def test_target_with_a_backend_that_is_none(refused: Refused, tmp_path: Path, backend: str, why: str) -> None:
+    toy = (Path(__file__).parent.parent / "examples" / "targets" / "toy_npu.toml").read_text(encoding="utf-8")
+    table = tmp_path / "table.toml"
+    table.write_text(f'backend = "{backend}"\nopset = 23\n{toy}', encoding="utf-8")
+    error = refused("QG403", f"the backend '{backend}' cannot be used", target=str(table))
+    assert why in error.why
+    assert "'toy-npu'" in error.where
+    assert "(ort_cpu)" in error.todo
+
+
 def test_unknown_pass(refused: Refused) -> None:
     refused("QG201", "there is no pass 'fold-geul'", passes=["fold-geul"])
 

@@ -293,3 +293,16 @@ def test_an_observer_line_that_names_the_node_wins() -> None:
     named, glob = Override(select=UP, observer="minmax"), Override(select="*:linear", observer="moving-average")
     for order in permutations((named, glob)):
         assert observers(*order) == {f"{UP}.x": "minmax", f"{DOWN}.x": "moving-average"}
+
+
+@pytest.mark.parametrize(
+    ("wish", "text"),
+    [({"weight": PER_TENSOR}, str(PER_TENSOR)), ({"bias": "vector"}, "vector"), ({"place": "int8"}, "int8")],
+)
+def test_a_wish_that_a_pin_makes_void_is_lost_with_its_reason(wish: dict[str, Any], text: str) -> None:
+    plan = planned(Override(select="u*:linear", **wish), passes=[PinUp()])
+    assert place(plan, UP) == "engine-float"
+    lost = next(d for d in plan.decisions if d.subject == UP).lost
+    assert [(a.choice, a.why_lost) for a in lost if a.author.kind == "recipe"] == [
+        (text, "pass pin-up holds the node in float")
+    ]

@@ -125,6 +125,7 @@ def test_careless_meets_break_the_laws() -> None:
         "s8 symmetric per-channel()",
         "s8 symmetric per-channel",
         "s8 symmetric per-tensor(1)",
+        "s8 symmetric per-channel(-1)",
     ],
 )
 def test_what_is_not_a_grid(text: str) -> None:

@@ -16,6 +16,7 @@ from qatgraph.planning.predict import UNASKED, Wants, blocked
 from qatgraph.planning.recipe import Recipe
 from qatgraph.planning.solver import solve
 from qatgraph.planning.target import Row, Target, load_target, target_names
+from qatgraph.specs import QuantSpec
 
 TOY = Path(__file__).parents[1] / "examples" / "targets" / "toy_npu.toml"
 ORT_TEXT = (resources.files("qatgraph.backends") / "ort_cpu.toml").read_text(encoding="utf-8")
@@ -294,3 +295,46 @@ def test_the_hash_changes_with_any_cell() -> None:
     hashes = {table.model_copy(update={"row": (row, *rest)}).hash() for row in (first, *rows)}
     assert len(hashes) == 1 + len(cells)
     assert table.hash() in hashes
+
+
+# ---------------------------------------------------------------- grids that no quantizer makes
+
+
+UNTRAINABLE: dict[str, tuple[str, str]] = {
+    "an activation by channel": ('x = ["u8 affine per-channel(2)"]', "an activation has one scale"),
+    "a result by channel": (
+        'out = ["u8 affine per-tensor", "u8 affine per-channel(0)"]',
+        "an activation has one scale",
+    ),
+    "a pair-safe activation": ('x = ["u8 affine per-tensor pair-safe"]', "pair-safe is a rule for weights"),
+    "an affine weight": ('weight = ["s8 affine per-tensor"]', "weights are s8 symmetric"),
+    "an unsigned weight": ('weight = ["u8 symmetric per-tensor"]', "weights are s8 symmetric"),
+    "a weight of 32 bits": ('weight = ["s32 symmetric per-tensor"]', "that is the grid of a bias"),
+    "a table by row": ('op = "embedding"\nweight = ["s8 symmetric per-channel(0)"]', "share one scale"),
+}
+
+
+@pytest.mark.parametrize(("lines", "why"), UNTRAINABLE.values(), ids=UNTRAINABLE)
+def test_a_grid_that_no_quantizer_makes_is_refused(tmp_path: Path, lines: str, why: str) -> None:
+    """Or the plan names a grid, and training and the file have another, or fail."""
+    keys = [line.partition(" ")[0] for line in lines.splitlines()]
+    text = "\n".join([*lines_without(*keys), lines])
+    error = refusal(tmp_path, text)
+    assert error.code == "QG402"
+    assert f"row 'linear.one': no quantizer makes {keys[-1]} = '" in error.why
+    assert why in error.why
+    float_row = text.replace('placement = "int8"', 'placement = "engine-float"')  # says what is not done
+    assert load_target(written(tmp_path, float_row)).row[0].placement == "engine-float"
+
+
+def test_scales_along_an_axis_that_the_weight_lacks_block_the_row() -> None:
+    row = Row.model_validate({**tomllib.loads(ONE_ROW)["row"][0], "weight": ["s8 symmetric per-channel(2)"]})
+    assert blocked(row, node("linear"), Wants()) == "the row has scales along axis 2, the weight is [12, 16]"
+    assert (
+        blocked(
+            row.model_copy(update={"weight": (QuantSpec.parse("s8 symmetric per-channel(1)"),)}),
+            node("linear"),
+            Wants(),
+        )
+        == ""
+    )

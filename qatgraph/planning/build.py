@@ -95,8 +95,9 @@ def _lost(choice: Choice) -> Iterator[Alternative]:
         reason = why or choice.out.get(row.id, "") or f"'{choice.row.id if choice.row else ''}' comes first"
         yield Alternative(f"{row.placement} as {_kernels(row)}", Author("row", row.id), reason, row.kernel)
     if choice.held is not None:
-        for wish in choice.int8s:
-            yield Alternative("int8", wish.author, f"{choice.held.author} holds the node in float")
+        for wish in [*choice.int8s, *choice.asked]:
+            asked = wish.form or " or ".join(map(str, wish.specs)) or "int8"
+            yield Alternative(asked, wish.author, f"{choice.held.author} holds the node in float")
 
 
 def _kernels(row: Row) -> str:

@@ -61,10 +61,15 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
             return "the row is for a node without a bias"
         return f"the row takes a bias as {' or '.join(row.bias)}, asked is {wants.bias}"
     if row.weight:
-        if fact.parameter("weight") is None:
+        weight = fact.parameter("weight")
+        if weight is None:
             return "the weight is not a constant"
-        if not weight_options(row, wants):
+        options = weight_options(row, wants)
+        if not options:
             return f"the row takes a weight as {_list(row.weight)}, asked is {_list(wants.weight)}"
+        axis = next((s.axis for s in options if s.axis is not None and s.axis >= len(weight.shape)), None)
+        if axis is not None:
+            return f"the row has scales along axis {axis}, the weight is {fact.words()['weight']}"
     elif wants.weight and row.placement == "int8":
         return f"the row has no weight grid, asked is {_list(wants.weight)}"
     return ""

@@ -30,6 +30,7 @@ class Choice:
     rows: list[tuple[Row, str]]
     held: Constraint | None = None  # the float constraint that holds the node
     int8s: list[Constraint] = field(default_factory=list)  # who wants it in int8
+    asked: list[Constraint] = field(default_factory=list)  # who wants a grid or a form of bias
     out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -93,7 +94,8 @@ def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Cho
         bias=next((c.form for c in constraints if c.kind == "want" and c.form), None),
         float_only=held is not None,
     )
-    return Choice(fact, wants, [] if fact.constant else candidates(target, fact, wants), held, int8s)
+    asked = [c for c in constraints if c.kind == "want"]
+    return Choice(fact, wants, [] if fact.constant else candidates(target, fact, wants), held, int8s, asked)
 
 
 def _keep_or_refuse(choice: Choice, target: Target) -> None:

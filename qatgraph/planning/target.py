@@ -17,7 +17,7 @@ from qatgraph.errors import TargetError, nearest
 from qatgraph.planning.facts import WORDS
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 from qatgraph.rewriting.plugins import Plugins, distribution
-from qatgraph.specs import QuantSpec
+from qatgraph.specs import DType, QuantSpec, ScaleRule, Scheme
 
 PLUGINS = Plugins("qatgraph.targets", "target", TargetError, taken="QG404", broken="QG405")
 Spec = Annotated[
@@ -68,6 +68,31 @@ class Row(UserModel):
             raise ValueError(f"there is no word '{{{unknown[0]}}}'; known are {', '.join(WORDS)}")
         return sentence
 
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> Row:
+        """Refuse a grid that a plan could name and no quantizer makes."""
+        for role in ("x", "out", "weight") if self.placement == "int8" else ():
+            for spec in getattr(self, role):
+                why = _no_quantizer(self.op, role, spec)
+                if why:
+                    raise ValueError(f"row '{self.id}': no quantizer makes {role} = '{spec}': {why}")
+        return self
+
+
+def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
+    """Why a grid cannot be trained at this place; empty if it can."""
+    if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
+        return "that is the grid of a bias: bias = ['int32']"
+    if role != "weight":
+        if spec.axis is not None:
+            return "an activation has one scale: per-tensor"
+        return "pair-safe is a rule for weights" if spec.scale is ScaleRule.PAIR_SAFE else ""
+    if (spec.dtype, spec.scheme) != (DType.S8, Scheme.SYMMETRIC):
+        return "weights are s8 symmetric"
+    if op == "embedding" and spec.axis is not None:
+        return "the rows that are looked up in a table share one scale: per-tensor"
+    return ""
+
 
 class Target(UserModel):
     """A table that passes and the solver ask; they never ask for a target's name."""
@@ -97,6 +122,11 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(
         sorted(f.name.removesuffix(".toml").replace("_", "-") for f in folder.iterdir() if f.name.endswith(".toml"))
     )
+
+
+def backend_names() -> tuple[str, ...]:
+    """The backends that built-in targets lower with."""
+    return tuple(sorted({_builtin(n).backend for n in builtin_names()} - {""}))
 
 
 def target_names() -> tuple[str, ...]:
