@@ -16,8 +16,8 @@ from qatgraph.backends import emulation
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
-from qatgraph.kernels import KernelNode
-from qatgraph.parity import RegionTap
+from qatgraph.kernels import KernelNode, owner
+from qatgraph.parity import RegionTap, without_reference, write_integers
 from qatgraph.planning.plan import Plan
 from qatgraph.reference import Array
 
@@ -171,16 +171,20 @@ def tap(model: bytes, plan: Plan) -> tuple[bytes, dict[str, tuple[str, str, str]
     """The file with the borders of every int8 region as outputs, and (border, integers, result) names by node.
 
     Taps stand only at float borders and at outputs of quantize: exposing anything else would change the kernels.
-    The caller audits the tapped file again. A region that the file does not hold gets no tap.
+    The caller audits the tapped file again. A region that the file does not hold, or that has no reference, gets no
+    tap; behind a kernel that writes integers the border has no name.
     """
     import onnx
 
     proto = _parse(model)
     nodes = {n.name: n for n in proto.graph.node}
-    regions = ((p.node, _region(p.node, nodes)) for p in plan.predictions if p.int8)
+    untapped, hidden = without_reference(plan), write_integers(plan)
+    regions = ((p.node, _region(p.node, nodes)) for p in plan.predictions if p.int8 and p.node not in untapped)
     names = {node: region for node, region in regions if region is not None}
+    inside = {o for n in proto.graph.node if owner(n.name) in hidden for o in n.output}
+    names = {node: ("" if border in inside else border, q, out) for node, (border, q, out) in names.items()}
     known = {v.name for v in [*proto.graph.input, *proto.graph.output]}
-    for value in dict.fromkeys(v for group in names.values() for v in group):
+    for value in dict.fromkeys(v for group in names.values() for v in group if v):
         if value not in known:
             proto.graph.output.append(onnx.ValueInfoProto(name=value))
     return proto.SerializeToString(), names
@@ -211,7 +215,7 @@ def run_taps(
     outputs = [o.name for o in runner.get_outputs()]
     for feed in feeds:
         seen = {**feed, **dict(zip(outputs, run(runner, feed), strict=True))}
-        yield [RegionTap(node, *(seen[v] for v in group)) for node, group in names.items()], seen
+        yield [RegionTap(node, seen.get(border), seen[q], seen[out]) for node, (border, q, out) in names.items()], seen
 
 
 def median_latencies(

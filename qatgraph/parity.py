@@ -12,6 +12,7 @@ from qatgraph import reference
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.meta import record
 from qatgraph.operators import DEQUANTIZE
+from qatgraph.planning.plan import Plan
 from qatgraph.reference import Array
 
 Step = Callable[[Array], Array]
@@ -23,11 +24,12 @@ class RegionTap:
     """What the engine read and wrote at one region, for one batch.
 
     ``border`` is the float tensor in front of the quantize and ``integers`` what it became (for a table: the
-    indices and the looked-up integers); ``out`` the float result, bias included.
+    indices and the looked-up integers); ``out`` the float result, bias included. There is no border behind a kernel
+    that writes integers.
     """
 
     node: str
-    border: Array
+    border: Array | None
     integers: Array
     out: Array
 
@@ -72,14 +74,27 @@ class RegionParity:
         return not self.misfit
 
 
+def write_integers(plan: Plan) -> set[str]:
+    """The nodes whose kernel writes integers: their float result is nowhere, and asking for it changes the kernel."""
+    return {p.node for q in plan.quantizers for p in q.ports if p.role == "out"}
+
+
+def without_reference(plan: Plan) -> list[str]:
+    """The int8 nodes that have no region of their own to compare: of a kind that the integer reference does not
+    know (a user's operation), or written as integers. What torch makes of them stands in for the reference."""
+    kinds, hidden = {f.name: f.kind for f in plan.nodes}, write_integers(plan)
+    return [p.node for p in plan.predictions if p.int8 and (p.node in hidden or kinds[p.node] not in REFERENCES)]
+
+
 def compare_regions(qdq: Graph, taps: Iterable[RegionTap]) -> dict[str, RegionParity]:
     """Compare every tap with the reference computed from ``qdq``'s own constants (not from the file)."""
     nodes = {record(n).name: n for n in qdq.nodes}
     found: dict[str, RegionParity] = {}
     for tap in taps:
         region = found.setdefault(tap.node, RegionParity(tap.node))
-        integers, result = (_lookup if record(nodes[tap.node]).kind == "embedding" else _linear)(qdq, nodes[tap.node])
-        region.compare_integers(tap.integers, integers(tap.border))
+        integers, result = REFERENCES[record(nodes[tap.node]).kind](qdq, nodes[tap.node])
+        if tap.border is not None:
+            region.compare_integers(tap.integers, integers(tap.border))
         if not region.misfit:
             region.compare_floats(tap.out, result(tap.integers))
     return found
@@ -115,6 +130,9 @@ def _lookup(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:
     rows = next(iter(node.users))
     scale, zero = (_constant(qdq, n) for n in rows.args[1:3])  # type: ignore[arg-type]
     return lambda indices: table[indices], lambda q: reference.dequantize(q, scale, zero)
+
+
+REFERENCES = {"linear": _linear, "embedding": _lookup}
 
 
 def _constant(qdq: Graph, node: torch.fx.Node) -> Array:

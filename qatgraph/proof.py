@@ -15,7 +15,7 @@ from qatgraph.errors import VerifyError
 from qatgraph.ir.graph import Batch, Graph, arguments, bind
 from qatgraph.ir.meta import record
 from qatgraph.kernels import compare_kernels, owner
-from qatgraph.parity import RegionTap, compare_regions
+from qatgraph.parity import RegionTap, compare_regions, without_reference
 from qatgraph.planning.plan import Plan
 from qatgraph.report.machine import has_vnni, isa
 from qatgraph.report.report import NOT_RUN, Report
@@ -75,7 +75,8 @@ def prove(
 def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     realized = backend.audit(model)
     mismatches = compare_kernels(plan, realized)
-    compute = {p.node for p in plan.predictions if p.int8 and p.accumulator}
+    tables = {f.name for f in plan.nodes if f.kind == "embedding"}
+    compute = {p.node for p in plan.predictions if p.int8} - tables
     ran = {owner(n.name) for n in realized if n.int8}
     broken = {m.node for m in mismatches}
     pinned: dict[str, int] = {}
@@ -86,7 +87,7 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     report.kernels = {
         "planned": len(compute),
         "realized": len(compute & ran),
-        "int8_tables": sum(p.int8 for p in plan.predictions) - len(compute),
+        "int8_tables": sum(p.int8 and p.node in tables for p in plan.predictions),
         "mismatches": [str(m) for m in mismatches],
         "pinned": pinned,
         "unnamed_int8": unnamed,
@@ -142,7 +143,7 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
     tapped, names = backend.tap(model, plan)
     again = compare_kernels(plan, backend.audit(tapped))
     report.failures += [f"in the tapped file: {m}" for m in again]
-    qdq, segments = convert(graph), dict[str, float]()
+    qdq, segments, without = convert(graph), dict[str, float](), without_reference(plan)
 
     def taps() -> Iterator[RegionTap]:
         runs = backend.run_taps(tapped, names, (feed_of(graph, b) for b in batches))
@@ -161,15 +162,17 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
         "max_steps": max((r.steps for r in regions.values()), default=0),
         "off_by_one_share": sum(r.off for r in regions.values()) / max(1, integers),
         "between_regions_max_rel": max(segments.values(), default=0.0),
+        "without_reference": without,
         "how": f"each int8 region by itself on the integers that the engine saw, and the float operations between them "
         f"on the results that it wrote, {len(batches)} batches, {isa()}; "
-        "the reference computes from the converted graph, not from the file",
+        "the reference computes from the converted graph, not from the file; what has no integer reference is compared "
+        "as a part of the float operations between regions, with what torch makes of it",
     }
-    missing = [p.node for p in plan.predictions if p.int8 and p.node not in names]
+    missing = [p.node for p in plan.predictions if p.int8 and p.node not in [*names, *without]]
     report.failures += [f"region '{n}': the file does not hold it" for n in missing]
     report.failures += [f"region '{r.node}': {r.failure}" for r in regions.values() if r.failure]
     report.failures += [
-        f"{where}: float values differ by {d:.3g} of the largest value (limit {SEGMENT_LIMIT:g})"
+        f"{where}: values differ by {d:.3g} of the largest value (limit {SEGMENT_LIMIT:g})"
         for where, d in segments.items()
         if not d <= SEGMENT_LIMIT
     ]
@@ -189,8 +192,11 @@ def _segments(
     with torch.no_grad():
         results = replay.run(*qdq.leaves(batch, "evaluation batch"), enable_io_processing=False)
     for tap in (t for t in taps if nodes[t.node] not in tables):
-        border = dict(arguments(nodes[tap.node]))["x"].args[0].args[0]
-        yield f"in front of '{tap.node}'", _difference(tap.border, replay.env[border])
+        quantized = dict(arguments(nodes[tap.node]))["x"].args[0]
+        if tap.border is None:
+            yield f"integers in front of '{tap.node}'", _difference(tap.integers, replay.env[quantized])
+        else:
+            yield f"in front of '{tap.node}'", _difference(tap.border, replay.env[quantized.args[0]])
     for name, result in zip(qdq.info.outputs, results, strict=True):
         yield f"output '{name}'", _difference(outputs[name], result)
 

@@ -152,7 +152,7 @@ def test_a_fault_in_the_file_is_found_in_its_region_and_nowhere_else(name: str, 
 
 CHANGES: dict[str, Callable[[RegionTap], RegionTap]] = {
     "one wrong integer": lambda t: replace(t, integers=t.integers ^ np.eye(4, 64, 63, np.uint8)),
-    "one integer of another border": lambda t: replace(t, border=t.border + np.eye(4, 64, 63, np.float32)),
+    "one integer of another border": lambda t: replace(t, border=np.asarray(t.border) + np.eye(4, 64, 63, np.float32)),
     "an output beyond the limit": lambda t: replace(t, out=t.out + 2 * FLOAT_LIMIT * np.abs(t.out).max()),
     "NaN": lambda t: replace(t, out=np.full_like(t.out, np.nan)),
     "infinity": lambda t: replace(t, out=np.full_like(t.out, np.inf)),

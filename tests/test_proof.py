@@ -144,9 +144,9 @@ PLANTED: dict[str, tuple[Callable[[], Lowered], str]] = {
     "the scale of a quantize": (edited("mlp", scaled("up:quantize/QuantizeLinear/scale", 1.1)),
                                 rf"region '{UP}': \d+ of \d+ integers differ, by up to \d+ steps"),
     "a weight": (edited("mlp", scaled("up.weight/int8", -1)), rf"region '{UP}': float outputs differ"),
-    "a float constant": (edited("mlp", scaled("norm.weight", 1.01)), rf"in front of '{UP}': float values differ"),
-    "the mask is forgotten": (edited("encoder", no_mask), r"in front of 'layer.0.attention.out:linear': float values"),
-    "behind the last region": (edited("mlp", scaled("val_2", 2)), r"output 'output': float values differ by"),
+    "a float constant": (edited("mlp", scaled("norm.weight", 1.01)), rf"in front of '{UP}': values differ"),
+    "the mask is forgotten": (edited("encoder", no_mask), r"in front of 'layer.0.attention.out:linear': values"),
+    "behind the last region": (edited("mlp", scaled("val_2", 2)), r"output 'output': values differ by"),
     "another output name": (edited("mlp", other_output), r"the file's outputs are div_1, the model's are output"),
     "another input name": (edited("mlp", other_input), r"the file's inputs are input, the model's are x"),
 }  # fmt: skip
