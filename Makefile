@@ -24,8 +24,13 @@ test-all: $(READY)  ## everything: real models, emulated instruction sets, train
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-golden: $(READY)  ## write the golden texts anew; review the diff
-	$(BIN)/python -m pytest -q tests/test_golden.py --golden-write
+GOLDEN := tests/test_golden.py tests/test_readme.py tests/test_pass_docs.py tests/test_new.py
+
+golden: $(READY)  ## write golden texts, docs/passes.md, README tables and skeletons anew (not golden-zoo); review the diff
+	$(BIN)/python -m pytest -q $(GOLDEN) --golden-write
+
+golden-zoo: $(READY)  ## write docs/zoo.md anew: walks the whole zoo, some 15 minutes
+	$(BIN)/python -m pytest -q tests/test_zoo.py -k test_the_page_is_current --golden-write
 
 bench: $(READY)  ## measure; JSON in build/bench
 	$(BIN)/python benchmarks/bench_latency.py && $(BIN)/python benchmarks/bench_stages.py
@@ -33,4 +38,4 @@ bench: $(READY)  ## measure; JSON in build/bench
 clean:  ## remove what was built, and the virtual environment
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-all lint golden bench clean
+.PHONY: help demo test test-all lint golden golden-zoo bench clean

@@ -9,18 +9,20 @@ import qatgraph as qg
 
 
 @dataclass(frozen=True)
-class RemoveMulByOne(qg.RewritePass):
-    """Remove multiplications by 1, which scaled models leave behind."""
+class MergeFactors(qg.RewritePass):
+    """Merge two factors in a row into one, as a scale and a temperature leave them behind."""
 
-    name = "remove-mul-by-one"
-    numerics = qg.same
-    pattern = qg.Op("mul", qg.AnyValue("x"), qg.Number(1.0), name="mul")
+    name = "merge-factors"
+    numerics = qg.within(1e-12)
+    inner = qg.Op("mul", qg.AnyValue("x"), qg.Number(name="a"), name="inner")
+    pattern = qg.Op("mul", inner, qg.Number(name="b"), name="outer")
 
     def check(self, match):
-        return match.refuse("'x' is not computed") if match["x"].op == "get_attr" else None
+        return match.refuse("the first product is read elsewhere") if len(match["inner"].users) > 1 else None
 
     def rewrite(self, match, edit):
-        edit.bypass(match["mul"], match["x"])
+        merged = edit.call("mul", match["x"], match["a"] * match["b"], at=match["outer"])
+        edit.replace(match["outer"], merged)
 
 
 @dataclass(frozen=True)

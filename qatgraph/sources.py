@@ -14,7 +14,7 @@ from qatgraph import api
 from qatgraph.errors import JobError, QatgraphError
 from qatgraph.ir.graph import Graph
 from qatgraph.job import factory, load_job
-from qatgraph.runner import set_up
+from qatgraph.runner import set_up, threads
 
 
 def load_graph(source: str) -> Graph:
@@ -30,7 +30,8 @@ def load_graph(source: str) -> Graph:
     if source.endswith(".toml"):
         path = Path(source)
         job = load_job(path)
-        return set_up(job, path, job.seeds[0]).graph
+        with threads(job.threads):
+            return set_up(job, path, job.seeds[0]).graph
     if source.endswith(".pt2"):
         return api.capture(_program(Path(source)))
     if ".py:" in source:

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import qatgraph as qg
@@ -61,27 +62,38 @@ def test_the_file_defines_a_rewrite_and_a_planning_pass(passes: list[Pass]) -> N
     rewrite, planning = passes
     assert isinstance(rewrite, RewritePass)
     assert isinstance(planning, PlanningPass)
-    assert [str(p) for p in passes] == ["remove-mul-by-one", "pin-first-linear"]
+    assert [str(p) for p in passes] == ["merge-factors", "pin-first-linear"]
 
 
 class Scaled(nn.Module):
-    def __init__(self, scale: float) -> None:
+    """A scale and a temperature in front of a linear; the scaled input is an output, too, if it is ``shown``."""
+
+    def __init__(self, shown: bool = False) -> None:
         super().__init__()
-        self.fc, self.scale = nn.Linear(4, 4), scale
+        self.fc, self.shown = nn.Linear(4, 4), shown
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(x * self.scale)
-        return y * self.scale
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        scaled = x * 0.3
+        y: Tensor = self.fc(scaled * 0.7)
+        return (y, scaled) if self.shown else (y,)
 
 
-@pytest.mark.parametrize(("scale", "names"), [(1.0, ["fc:linear"]), (2.0, ["Scaled:mul", "fc:linear", "Scaled:mul#2"])])
-def test_the_rewrite_removes_products_by_one(passes: list[Pass], scale: float, names: list[str]) -> None:
-    model = Scaled(scale)
+@pytest.mark.parametrize(
+    ("shown", "names", "refused"),
+    [
+        (False, ["Scaled:mul#2", "fc:linear"], []),
+        (True, ["Scaled:mul", "Scaled:mul#2", "fc:linear"], ["the first product is read elsewhere"]),
+    ],
+)
+def test_the_rewrite_merges_two_factors(passes: list[Pass], shown: bool, names: list[str], refused: list[str]) -> None:
+    model = Scaled(shown)
     graph = qg.capture(model, floats(2, 4))
-    assert len(graph.nodes) == 3
-    after = qg.canonicalize(graph, passes)
+    assert len(graph.nodes) == len(qg.canonicalize(graph).nodes) == 3, "no built-in pass does it already"
+    manager = qg.PassManager(passes[:1], leaves=graph.stage)
+    after = manager.run(graph)
     assert [record(n).name for n in after.nodes] == names
-    assert bool((after(floats(2, 4)) == model(floats(2, 4))).all())
+    assert [r.reason for r in manager.reports[0].refused] == refused
+    assert torch.allclose(after(floats(2, 4))[0], model(floats(2, 4))[0], atol=1e-6)
 
 
 def test_the_planning_pass_pins_the_first_linear(passes: list[Pass]) -> None:
@@ -97,7 +109,7 @@ def test_the_planning_pass_pins_the_first_linear(passes: list[Pass]) -> None:
 
 
 def test_the_plan_fits_the_graph_that_both_passes_saw(passes: list[Pass]) -> None:
-    graph = qg.capture(Scaled(1.0), floats(2, 4))
+    graph = qg.capture(Scaled(), floats(2, 4))
     plan = qg.plan(graph, passes=passes)
     assert qg.prepare(graph, plan, passes=passes) is not None
     with pytest.raises(qg.QatgraphError, match="QG307"):

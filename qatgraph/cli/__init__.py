@@ -1,4 +1,4 @@
-"""The command line. Reading a plan imports neither torch nor an engine."""
+"""The command line, in the order of ``--help``. Reading a plan imports neither torch nor an engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from qatgraph.cli import inspect, jobs, new, passes
 from qatgraph.cli.common import app
 from qatgraph.errors import QatgraphError
+
+ORDER = ("run", "plan", "verify", "replay", "show", "explain", "diff", "targets", "audit", "passes", "opt", "bisect")
+app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__name__) if c.callback is not None else 0)
 
 __all__ = ["app", "inspect", "jobs", "main", "new", "passes"]
 

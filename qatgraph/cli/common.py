@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,14 +28,28 @@ PassesOption = Annotated[
 ]
 
 
+@contextmanager
+def busy(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what takes so long, and a function that changes it; none in front of a file."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # or what is printed meanwhile would go to standard error
+        yield lambda text: None
+        return
+    with Console(stderr=True).status(Text(text)) as status:
+        yield lambda text: status.update(Text(text))
+
+
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    longest = max((len(row[0]) for row in rows), default=0)
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", min_width=min(longest, 30) if i == 0 else None)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

@@ -20,9 +20,12 @@ def audit(
     file: Annotated[Path, typer.Argument(help="any QDQ model", metavar="FILE.onnx")],
     as_json: AsJson = False,
 ) -> None:
-    """What ONNX Runtime really runs: which nodes in int8, which in float although Q/DQ stand around them.
+    """What ONNX Runtime really runs of a QDQ model.
 
-    Example: qatgraph audit build/minilm/minilm.onnx
+    Which nodes run in int8, and which in float although Q/DQ stand around them.
+
+    \b
+    Example: qatgraph audit build/digits/digits.onnx
     """
     from qatgraph.backends.ort_cpu import audit_file
 
@@ -44,7 +47,8 @@ def audit(
 def show(plan_file: PlanFile, as_json: AsJson = False) -> None:
     """A plan as a tree of modules, with totals.
 
-    Example: qatgraph show build/minilm/plan.json
+    \b
+    Example: qatgraph show build/digits/plan.json
     """
     from rich.console import Console
     from rich.tree import Tree
@@ -71,9 +75,10 @@ def explain(
     name: Annotated[str, typer.Argument(help="a node, a quantizer or a module with one operation")],
     as_json: AsJson = False,
 ) -> None:
-    """Every decision about one name: who decided, why, what lost, the kernel.
+    """Every decision about one name: who, why, and what lost.
 
-    Example: qatgraph explain build/minilm/plan.json encoder.encoder.layer.0.attention.self.query
+    \b
+    Example: qatgraph explain build/digits/plan.json blocks.0.query
     """
     from qatgraph.planning.explain import explain as ask
     from qatgraph.planning.plan import Plan
@@ -86,7 +91,8 @@ def explain(
 def diff(a: PlanFile, b: PlanFile, as_json: AsJson = False) -> None:
     """What two plans decide differently.
 
-    Example: qatgraph diff ort.json npu.json
+    \b
+    Example: qatgraph diff build/digits/plan.json npu.json
     """
     from dataclasses import asdict
 
@@ -108,6 +114,7 @@ def targets(
 ) -> None:
     """The built-in targets, or the rows of one.
 
+    \b
     Example: qatgraph targets ort-cpu
     """
     from qatgraph.planning.target import load_target, target_names

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qatgraph.cli.common import AsJson, JobFile, OutputOption, PassesOption, TargetOption, app, print_table
+from qatgraph.cli.common import AsJson, JobFile, OutputOption, PassesOption, TargetOption, app, busy, print_table
 
 
 @app.command()
@@ -20,6 +20,7 @@ def run(
 ) -> None:
     """Capture, plan, calibrate, train, lower and verify a model.
 
+    \b
     Example: qatgraph run examples/jobs/digits.toml --no-train
     """
     from qatgraph.runner import run_job
@@ -41,7 +42,8 @@ def plan(
 ) -> None:
     """Decide what becomes int8, without calibration or training.
 
-    Example: qatgraph plan examples/jobs/digits.toml --target examples/targets/toy_npu.toml
+    \b
+    Example: qatgraph plan examples/jobs/digits.toml --target examples/targets/toy_npu.toml --output npu.json
     """
     from qatgraph.backends.qdq_onnx import write_atomically
     from qatgraph.job import load_job
@@ -51,7 +53,7 @@ def plan(
     found = load_job(job)
     if target is not None:
         found = found.model_copy(update={"target": _target(target)})
-    with threads(found.threads):
+    with busy(f"capture and plan {job}"), threads(found.threads):
         made = make_plan(found, job, set_up(found, job, found.seeds[0]), parse_passes(passes or []))
     if output is not None:
         write_atomically(output, made.to_json().encode())
@@ -64,8 +66,11 @@ def verify(
     output: OutputOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove again what a run has written: kernels, overflow, regions, distance to the float model.
+    """Prove again what a run has written.
 
+    Its kernels, that no sum overflows, every int8 region, and the distance to the float model.
+
+    \b
     Example: qatgraph verify examples/jobs/digits.toml
     """
     from qatgraph.runner import verify_folder
@@ -81,8 +86,11 @@ def replay(
     job: JobFile,
     output: Annotated[Path, typer.Option("--output", help="where to write the second run")],
 ) -> None:
-    """Run a job again from a recorded plan and manifest; fails unless the bytes of the file are the same.
+    """Run again from plan and manifest; the bytes must be equal.
 
+    It fails unless the file comes out byte for byte as it was.
+
+    \b
     Example: qatgraph replay build/digits examples/jobs/digits.toml --output build/digits-again
     """
     from qatgraph.runner import replay_folder

@@ -27,6 +27,7 @@ def new_pass(
 ) -> None:
     """A graph pass, a test, and its golden text.
 
+    \b
     Example: qatgraph new pass fold-double-negation --output my_passes
     """
     from qatgraph.rewriting.registry import pass_names
@@ -43,6 +44,7 @@ def new_pass(
 def new_target(name: Annotated[str, typer.Argument(help="as my-npu")], output: Output = Path()) -> None:
     """A target table, a test, and its golden text.
 
+    \b
     Example: qatgraph new target my-npu --output my_target
     """
     from qatgraph.planning.target import target_names

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatgraph.cli.common import AsJson, app, print_table
+from qatgraph.cli.common import AsJson, app, busy, print_table
 from qatgraph.errors import LowerError, PassError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def passes(
 ) -> None:
     """The passes that can be named, or the documentation of one.
 
+    \b
     Example: qatgraph passes fold-gelu
     """
     import inspect
@@ -56,14 +57,15 @@ def opt(
     dump: Annotated[
         Path | None, typer.Option(help="write the text after each pass, and the diffs, to this folder")
     ] = None,
-    time: Annotated[bool, typer.Option("--time", help="show the milliseconds of each pass")] = False,
+    time: Annotated[bool, typer.Option("--time", help="show the milliseconds of each pass, and of its checks")] = False,
     explain: Annotated[str, typer.Option(help="what almost matched, for this pass")] = "",
     blame: Annotated[str, typer.Option(help="which passes made or changed this node")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Run passes over a model and see everything that they do.
 
-    Example: qatgraph opt examples/jobs/minilm.toml -p canonicalize --print-after changed --time
+    \b
+    Example: qatgraph opt examples/jobs/digits.toml --print-after changed --time
     """
     from qatgraph.rewriting.manager import PassManager
     from qatgraph.rewriting.pipeline import Pipeline
@@ -73,15 +75,21 @@ def opt(
     for named in (explain, "" if print_after in ("", "all", "changed") else print_after):
         if named:
             _check_step(steps, named)
-    graph = load_graph(model)
-    manager = PassManager(steps.steps, leaves=graph.stage)
-    manager.watch = lambda report: _watch(len(manager.reports) - 1, report, print_after, dump, as_json)
-    try:
-        after = manager.run(graph)
-    except PassError as error:
-        if error.diff:
-            print(error.diff, file=sys.stderr)
-        raise
+    with busy(f"capture {model}") as say:
+        graph = load_graph(model)
+        manager = PassManager(steps.steps, leaves=graph.stage)
+
+        def watch(report: PassReport) -> None:
+            _watch(len(manager.reports) - 1, report, print_after, dump, as_json)
+            say(f"{report.name} is done, {len(manager.reports)} of {len(steps.graph_passes())} passes")
+
+        manager.watch = watch
+        try:
+            after = manager.run(graph)
+        except PassError as error:
+            if error.diff:
+                print(error.diff, file=sys.stderr)
+            raise
     if as_json:
         print(json.dumps([r.as_json() for r in manager.reports], indent=1))
     elif explain:
@@ -101,9 +109,12 @@ def bisect(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """The first pass, and within it the first rewrite, that changes the numbers, fails, or makes a script say so.
+    """The first pass and rewrite that change the numbers or fail.
 
-    Example: qatgraph bisect examples/jobs/minilm.toml -p canonicalize,my_passes.py
+    With --script, the first with which a function of yours says so. Its exit code is 1 where nothing is to blame.
+
+    \b
+    Example: qatgraph bisect examples/jobs/digits.toml -p canonicalize,examples/custom_pass.py
     """
     from dataclasses import asdict
 
@@ -113,13 +124,16 @@ def bisect(
     from qatgraph.rewriting.pipeline import Pipeline
     from qatgraph.sources import load_graph
 
-    steps, graph = Pipeline.parse(pipeline), load_graph(model)
-    if script:
-        file, _, name = script.rpartition(":")
-        bad = factory(Path(file), f"{Path(file).name}:{name}", "predicate")
-    else:
-        bad = numbers_differ(graph)
-    found = search(graph, steps, bad)
+    steps = Pipeline.parse(pipeline)
+    with busy(f"capture {model}") as say:
+        graph = load_graph(model)
+        if script:
+            file, _, name = script.rpartition(":")
+            bad = factory(Path(file), f"{Path(file).name}:{name}", "predicate")
+        else:
+            bad = numbers_differ(graph)
+        say("search: the pipeline runs again and again")
+        found = search(graph, steps, bad)
     print(json.dumps(asdict(found), indent=1) if as_json else str(found))
 
 
@@ -165,9 +179,11 @@ def _summary(reports: list[PassReport], time: bool) -> None:
         reasons = Counter(refusal.reason for refusal in r.refused).most_common(1)
         refused = f"{len(r.refused)}: {reasons[0][0]}" if reasons else "0"
         near = str(r.missed[0]) if r.missed and r.missed[0].near else ""
-        rows.append((r.name, str(r.changes), refused, near, *([f"{r.seconds * 1e3:.0f}"] if time else [])))
-    columns = ("pass", "changed", "refused, and why most", "nearest miss", *(["ms"] if time else []))
-    print_table(f"{len(reports)} passes", columns, rows)
+        times = [f"{r.seconds * 1e3:.0f}", f"{r.checking * 1e3:.0f}"] if time else []
+        rows.append((r.name, str(r.changes), refused, near, *times))
+    columns = ("pass", "changed", "refused, and why most", "nearest miss", *(["ms", "check"] if time else []))
+    took = f" in {sum(r.seconds for r in reports):.1f} s, checked in {sum(r.checking for r in reports):.1f} s"
+    print_table(f"{len(reports)} passes{took if time else ''}", columns, rows)
 
 
 def _explain(report: PassReport) -> None:

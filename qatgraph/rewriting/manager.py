@@ -29,11 +29,15 @@ from qatgraph.rewriting.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did; ``modified`` is computed from the graphs before and after, not claimed."""
+    """What one pass did; ``modified`` is computed from the graphs before and after, not claimed.
+
+    ``seconds`` is the time of the pass, ``checking`` that of the checks behind it.
+    """
 
     name: str
     modified: bool
     seconds: float
+    checking: float
     changes: int = 0
     refused: tuple[Refusal, ...] = ()
     missed: tuple[NearMiss, ...] = ()
@@ -50,6 +54,7 @@ class PassReport:
             "modified": self.modified,
             "changes": self.changes,
             "milliseconds": self.seconds * 1e3,
+            "checking_milliseconds": self.checking * 1e3,
             "refused": [vars(r) for r in self.refused],
             "missed": [vars(m) for m in self.missed],
             "diff": self.diff(),
@@ -103,6 +108,7 @@ class PassManager:
             one.name,
             modified,
             seconds,
+            time.perf_counter() - start - seconds,
             edit.changes,
             tuple(edit.refused),
             tuple(sorted(edit.missed, key=lambda m: -m.matched / m.total)),

@@ -13,7 +13,7 @@ HEAD = """\
 
 Tiny models of real architectures, with random weights, from `transformers`, `diffusers` and `tests/zoo/shapes.py`. Each
 walks the whole road: capture, every pass with its checks, plan, prepare, calibrate, one step of training, lower, ONNX
-Runtime. `tests/test_zoo.py` compares this page with what it finds, and writes it with `--golden-write`.
+Runtime. `tests/test_zoo.py` compares this page with what it finds; `make golden-zoo` writes it.
 
 - *leftover kinds*: operations after all passes that the table of kinds (`qatgraph/ops.py`) lacks; they stay in float.
 - *regions*: attention, norms, activations, linears and convolutions, found / known from the description of the model.
