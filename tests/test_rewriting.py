@@ -307,6 +307,10 @@ def _too_early(graph: qg.Graph, edit: Edit) -> None:
     graph.node("fc:linear").prepend(graph.node("Toy:relu"))
 
 
+def _cycle(graph: qg.Graph, edit: Edit) -> None:
+    graph.node("fc:linear").update_arg(0, graph.node("Toy:relu"))
+
+
 def _quantized(graph: qg.Graph, edit: Edit) -> None:
     from qatgraph.operators import QUANTIZE
 
@@ -318,7 +322,8 @@ BREAKS: dict[str, tuple[Change, str]] = {
     "a name twice": (_same_name, "the name 'Toy:relu' is used twice"),
     "an operator that is not ATen": (_foreign, "is not an ATen operator"),
     "a parameter that is not there": (_nowhere, "'no.such.weight' does not exist in the module"),
-    "a use before its definition": (_too_early, "relu"),
+    "a use before its definition": (_too_early, "'Toy:relu' reads 'Toy:add', which comes after it"),
+    "a cycle": (_cycle, "'fc:linear' reads 'Toy:relu', which depends on it: that is a cycle"),
     "an operator of another stage": (_quantized, "quantize and dequantize operators belong to the stage qdq"),
 }
 

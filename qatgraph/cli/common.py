@@ -48,8 +48,9 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
 
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     longest = max((len(row[0]) for row in rows), default=0)
-    for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", min_width=min(longest, 30) if i == 0 else None)
+    for i, column in enumerate(columns):  # names and numbers stay whole, sentences fold
+        whole = min(longest, 30) if i == 0 else max(map(len, column.split()), default=0)
+        table.add_column(column, overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

@@ -35,12 +35,14 @@ def passes(
     Example: qatgraph passes fold-gelu
     """
     import inspect
+    from dataclasses import fields
 
     from qatgraph.rewriting.registry import pass_class, pass_names
 
     if name is not None:
         cls = pass_class(name)
-        print(f"{name}\n\n{inspect.cleandoc(cls.__doc__ or '')}")
+        options = ", ".join(f"{f.name} = {f.default!r}" for f in fields(cls))
+        print(f"{name}\n\n{inspect.cleandoc(cls.__doc__ or '')}\nOptions: {options or 'none'}.")
         return
     rows = [(n, _kind(n), pass_class(n).summary()) for n in pass_names()]
     if as_json:

@@ -46,7 +46,12 @@ def _arg(value: Any) -> str:
 
 
 def _type(node: fx.Node, symbols: dict[str, str]) -> str:
-    value = value_of(node)
+    return _value_type(value_of(node), symbols)
+
+
+def _value_type(value: Any, symbols: dict[str, str]) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_value_type(v, symbols) for v in value)})"
     if not isinstance(value, torch.Tensor):
         return "scalar"
     sizes = ", ".join(size_text(s, symbols) for s in value.shape)

@@ -8,7 +8,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from qatgraph.errors import PassError
-from qatgraph.ir.meta import has_record
+from qatgraph.ir.meta import has_record, record
 
 
 class Stage(StrEnum):
@@ -21,7 +21,10 @@ class Stage(StrEnum):
 def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
     """Refuse a graph that is not what its stage says: broken links, lost names, foreign operators."""
     names: set[str] = set()
+    known: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        _check_order(node, known, author, stage)
+        known.add(node)
         if node.op == "call_function":
             overload = str(node.target)
             sizes = getattr(node.target, "__module__", "") in ("_operator", "math", "torch")  # arithmetic of sizes
@@ -45,8 +48,32 @@ def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
     _lint(gm, stage, author)
 
 
+def _check_order(node: fx.Node, known: set[fx.Node], author: str, stage: Stage) -> None:
+    """Refuse a node that reads what comes after it, naming both."""
+    late = next((source for source in node.all_input_nodes if source not in known), None)
+    if late is None:
+        return
+    cycle = node in _sources(late)
+    what = "depends on it: that is a cycle" if cycle else "comes after it, or is not in the graph"
+    raise _broken(author, stage, node, f"'{_called(node)}' reads '{_called(late)}', which {what}")
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node is computed from; the graph may have cycles."""
+    found, left = {node}, [node]
+    while left:
+        fresh = [n for n in left.pop().all_input_nodes if n not in found]
+        found.update(fresh)
+        left += fresh
+    return found
+
+
+def _called(node: fx.Node) -> str:
+    return record(node).name if has_record(node) else node.name
+
+
 def _lint(gm: fx.GraphModule, stage: Stage, author: str) -> None:
-    """fx's own check (order of definition and use, owners), as one of our errors."""
+    """fx's own check (owners, names), as one of our errors."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
@@ -54,7 +81,7 @@ def _lint(gm: fx.GraphModule, stage: Stage, author: str) -> None:
         raise PassError(
             "QG203",
             f"the graph is not a valid '{stage.value}' graph after '{author}'",
-            where="the order of its nodes",
+            where="the links of its nodes",
             why=why,
             todo=f"mend '{author}', or report it if it ships with qatgraph",
         ) from error

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import get_type_hints
@@ -84,6 +85,12 @@ def make_pass(text: str) -> Pass:
     """``fold-gelu`` or ``pin-small-embeddings{min_bytes=1000}`` -> a pass."""
     name, options = parse_options(text)
     cls = pass_class(name)
+    known = [f.name for f in fields(cls)]
+    unknown = next((o for o in options if o not in known), None)
+    if unknown is not None:
+        near = nearest(unknown, known)
+        have = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
+        raise _bad_options(name, text, f"'{name}' has no option '{unknown}'; {have}")
     try:
         hints = get_type_hints(cls)
         for option, value in options.items():
@@ -92,9 +99,12 @@ def make_pass(text: str) -> Pass:
         return cls(**options)
     except (TypeError, ValidationError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise PassError(
-            "QG202", f"'{name}' does not take these options", where=text, why=why, todo="see `qatgraph passes`"
-        ) from error
+        raise _bad_options(name, text, why) from error
+
+
+def _bad_options(name: str, text: str, why: str) -> PassError:
+    what, todo = f"'{name}' does not take these options", f"`qatgraph passes {name}` tells its options"
+    return PassError("QG202", what, where=text, why=why, todo=todo)
 
 
 def passes_from_file(path: Path) -> list[Pass]:
