@@ -66,8 +66,7 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
 def _on_result(node: fx.Node, path: str, module: FakeQuantize, edit: Edit, *more: fx.Node) -> None:
     """Every user of the node reads the quantized result."""
     users = list(node.users)
-    rank = {n: i for i, n in enumerate(node.graph.nodes)}
-    quantized = edit.module(path, module, node, *more, at=min(users, key=rank.__getitem__), near=node)
+    quantized = edit.module(path, module, node, *more, at=min(users), near=node)  # nodes compare by order of execution
     for user in users:
         user.replace_input_with(node, quantized)
 

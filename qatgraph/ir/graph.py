@@ -259,6 +259,8 @@ def _misfit(dim: DimInfo | None, axis: int, have: int, need: int, sizes: dict[st
 
 def size_text(size: Any, names: Mapping[str, str]) -> str:
     """A size with the user's names: ``5*s77`` -> ``5*batch``."""
+    if isinstance(size, int):
+        return str(size)
     return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
 
 

@@ -109,33 +109,45 @@ def _quantizers(
 ) -> tuple[list[Quantizer], list[Decision]]:
     quantizers: list[Quantizer] = []
     decisions: list[Decision] = []
-    shares = [c for c in stated if c.kind == "share"]
+    shared = _shared(stated)
     for grid in solution.grids:
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
         weight = first.role == "weight"
         observer = "" if weight else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
-        decisions.append(_grid_decision(str(first), grid, solution, shares))
+        decisions.append(_grid_decision(str(first), grid, solution, shared))
+    at = {p: q for q in reversed(quantizers) for p in q.ports}
     for constraint in (c for c in stated if c.kind == "derive"):
         choice = solution.choices[constraint.ports[0].node]
         if choice.row is None or not choice.int8 or bias_of(choice.row, choice.fact, choice.wants) != "int32":
             continue
-        derived = _derived(constraint, quantizers)
+        derived = _derived(constraint, at)
         quantizers.append(derived)
         decisions.append(Decision(derived.name, str(derived.spec), constraint.author, choice.row.id, constraint.why))
     return quantizers, decisions
 
 
-def _derived(constraint: Constraint, quantizers: list[Quantizer]) -> Quantizer:
+def _shared(stated: Sequence[Constraint]) -> dict[str, tuple[int, Constraint]]:
+    """Of each value, the first wish to share its grid."""
+    found: dict[str, tuple[int, Constraint]] = {}
+    for i, constraint in enumerate(c for c in stated if c.kind == "share"):
+        for port in (constraint.ports[0], constraint.ports[-1]):
+            found.setdefault(port.node, (i, constraint))
+    return found
+
+
+def _derived(constraint: Constraint, at: dict[Port, Quantizer]) -> Quantizer:
     bias, *sources = constraint.ports
-    found = [next(q for q in quantizers if p in q.ports) for p in sources]
+    found = [at[p] for p in sources]
     per_channel = any(q.spec.granularity is Granularity.PER_CHANNEL for q in found)
     granularity = Granularity.PER_CHANNEL if per_channel else Granularity.PER_TENSOR
     spec = QuantSpec(DType.S32, granularity=granularity, axis=0 if per_channel else None, scale=ScaleRule.DERIVED)
     return Quantizer(str(bias), spec, (str(bias),), (bias,), derived_from=tuple(q.name for q in found))
 
 
-def _grid_decision(name: str, grid: Grid, solution: Solution, shares: list[Constraint]) -> Decision:
+def _grid_decision(
+    name: str, grid: Grid, solution: Solution, shared: dict[str, tuple[int, Constraint]]
+) -> Decision:
     owner = next(solution.choices[p.node] for p in grid.ports)
     assert owner.row is not None
     spec = grid.options[0]
@@ -143,9 +155,10 @@ def _grid_decision(name: str, grid: Grid, solution: Solution, shares: list[Const
     ports = _and([f"'{p}'" for p in grid.ports])
     why = f"{ports} {'take' if len(grid.ports) > 1 else 'takes'} {value} as {spec}"
     if len(grid.values) > 1:
-        sharing = [c for c in shares if c.ports[0].node in grid.values or c.ports[-1].node in grid.values]
+        sharing = [shared[v] for v in grid.values if v in shared]
         if sharing:
-            why += f"; {sharing[0].author}: {sharing[0].why}"
+            _, first = min(sharing, key=lambda s: s[0])
+            why += f"; {first.author}: {first.why}"
     wished = {p: s for p in grid.ports for _, q, s in port_options(solution.choices[p.node]) if q == p}
     lost = [
         Alternative(str(s), Author("row", _row_id(solution, port)), f"the other readers of {value} need {spec}")
@@ -177,19 +190,21 @@ def _partitions(
 ) -> tuple[Partition, ...]:
     edges = [(value, f.name) for f in facts for _, value in f.inputs if value in chosen]
     size = {v: f.x_bytes for f in facts for _, v in f.inputs[:1]} | {f.name: f.bytes for f in facts}
-    readers = {v: {f.name for f in facts if v in [i for _, i in f.inputs]} for v in size}
-    found = []
-    for index, (placement, names) in enumerate(partitions(edges, chosen)):
-        inside = set(names)
-        # float32 is read and one byte written for each value that a quantizer makes at this partition's border
-        crossing = {
-            v
-            for q in quantizers
-            for v in q.values
-            if v in size
-            and any(p.node in inside for p in q.ports)
-            and not (v in inside and readers[v] and readers[v] <= inside)
-        }
-        cost = sum(size[v] + size[v] // 4 for v in crossing) if placement == "int8" else 0
-        found.append(Partition(index, placement, names, cost))
-    return tuple(found)
+    readers: dict[str, set[str]] = {v: set() for v in size}
+    for f in facts:
+        for _, value in f.inputs:
+            readers.setdefault(value, set()).add(f.name)
+    groups = [(placement, set(names), names) for placement, names in partitions(edges, chosen)]
+    number = {n: i for i, (_, _, names) in enumerate(groups) for n in names}
+    # float32 is read and one byte written for each value that a quantizer makes at a partition's border
+    crossing: list[set[str]] = [set() for _ in groups]
+    for quantizer in quantizers:
+        for index in {number[p.node] for p in quantizer.ports if p.node in number}:
+            inside = groups[index][1]
+            within = {v for v in quantizer.values if v in inside and readers[v] and readers[v] <= inside}
+            crossing[index] |= {v for v in quantizer.values if v in size} - within
+    cost = [sum(size[v] + size[v] // 4 for v in values) for values in crossing]
+    return tuple(
+        Partition(i, placement, names, cost[i] if placement == "int8" else 0)
+        for i, (placement, _, names) in enumerate(groups)
+    )

@@ -50,13 +50,13 @@ def kind(plan: Plan, name: str) -> str:
 def module_tree(plan: Plan) -> dict[str, Any]:
     """Nested modules: ``{"query": {":linear": "int8 …"}}``; leaves are the planned operations."""
     tree: dict[str, Any] = {}
+    placements = {p.node: p.placement for p in plan.placements}
     for prediction in plan.predictions:
         path, _, operation = prediction.node.rpartition(":")
         level = tree
         for part in path.split("."):
             level = level.setdefault(part, {})
-        placement = plan.placement(prediction.node).placement
-        mark = "pinned" if prediction.pinned else placement
+        mark = "pinned" if prediction.pinned else placements[prediction.node]
         level[":" + operation] = f"{mark} {prediction.kernel.split('|')[0]}".strip()
     return tree
 

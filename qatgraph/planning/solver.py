@@ -69,14 +69,20 @@ def solve(facts: tuple[NodeFact, ...], target: Target, constraints: Iterable[Con
         PlanError: QG305 two hard constraints contradict each other; both authors and the node are named.
     """
     ordered = sorted(constraints, key=Constraint.order)
-    choices = {f.name: _start(f, target, [c for c in ordered if c.ports[0].node == f.name]) for f in facts}
+    of_node: dict[str, list[Constraint]] = {f.name: [] for f in facts}
+    for constraint in ordered:
+        of_node.setdefault(constraint.ports[0].node, []).append(constraint)
+    choices = {f.name: _start(f, target, of_node[f.name]) for f in facts}
+    readers = _readers(facts)
+    pending: Iterable[str] = choices
     while True:
-        failing = {n: why for n, c in choices.items() if c.int8 and (why := _context(c, choices))}
+        failing = {n: why for n in pending if choices[n].int8 and (why := _context(choices[n], choices))}
         failing = failing or _conflicts(choices)
         if not failing:
             break
         for name, why in failing.items():
             choices[name].demote(why)
+        pending = _affected(failing, readers, choices)
     for choice in choices.values():
         _keep_or_refuse(choice, target)
     grids, unshared = _share(_grids(choices), [c for c in ordered if c.kind == "share"], choices)
@@ -138,6 +144,25 @@ def _context(choice: Choice, choices: dict[str, Choice]) -> str:
     return ""
 
 
+def _readers(facts: tuple[NodeFact, ...]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for fact in facts:
+        for _, value in fact.inputs:
+            found.setdefault(value, []).append(fact.name)
+    return found
+
+
+def _affected(demoted: Iterable[str], readers: dict[str, list[str]], choices: dict[str, Choice]) -> set[str]:
+    """The nodes whose context a demotion changes: what reads the result, also behind what only moves elements."""
+    found, pending = set(demoted), list(demoted)
+    while pending:
+        for reader in readers.get(pending.pop(), ()):
+            if reader not in found and keeps_grid(choices[reader].fact.kind):
+                pending.append(reader)
+            found.add(reader)
+    return found
+
+
 def _written_int8(value: str, choices: dict[str, Choice]) -> bool:
     producer = choices.get(value)
     if producer is None:
@@ -173,16 +198,16 @@ def _conflicts(choices: dict[str, Choice]) -> dict[str, str]:
     for name, choice in choices.items():
         if not choice.int8:
             continue
-        own = dict(options)
+        own: dict[str, tuple[tuple[QuantSpec, ...], str]] = {}
         for value, port, specs in port_options(choice):
-            have, first = own.get(value, (specs, str(port)))
+            have, first = own.get(value) or options.get(value) or (specs, str(port))
             common = meet(have, specs)
             if not common:
                 failing[name] = f"its grid of '{value}' ({specs[0]}) contradicts that of '{first}' ({have[0]})"
                 break
             own[value] = (common, first)
         else:
-            options = own
+            options |= own
     return failing
 
 

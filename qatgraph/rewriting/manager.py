@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,28 +84,30 @@ class PassManager:
         graph = graph.clone()
         state = _State.of(graph, fingerprints(graph, deep=self.checked))
         for one in pipeline.graph_passes():
-            report = self._run_one(one, graph, state)
-            state = _State.of(graph, fingerprints(graph, deep=self.checked, known=state.prints))
+            report, state = self._run_one(one, graph, state)
             self.reports.append(report)
             self.watch(report)
         graph.set_info(stage=self.leaves)
         verify_structure(graph.module, self.leaves, "the pipeline")
         return graph.clone()  # takes over only what the graph reads: a folded weight's source goes
 
-    def _run_one(self, one: GraphPass, graph: Graph, state: _State) -> PassReport:
+    def _run_one(self, one: GraphPass, graph: Graph, before: _State) -> tuple[PassReport, _State]:
         start = time.perf_counter()
-        reference = graph.clone()
         edit = Edit(graph, one.name, self.allowance)
         try:
             self._apply(one, graph, edit)
             seconds = time.perf_counter() - start
             verify_structure(graph.module, graph.stage, one.name)
-            modified = (str(graph), graph.structural_hash()) != (state.text, state.structure)
-            self._check(one, reference, graph, state, modified)
+            form = _Form.of(graph)
+            modified = form != before.form
+            if modified:
+                with self._failing(one):
+                    graph.module.recompile()
+            self._check(one, before, graph, modified)
         except PassError as error:
-            error.diff = error.diff or text_diff(one.name, state.text, _text(graph))
+            error.diff = error.diff or text_diff(one.name, before.form.text, _text(graph))
             raise
-        return PassReport(
+        report = PassReport(
             one.name,
             modified,
             seconds,
@@ -112,19 +115,26 @@ class PassManager:
             edit.changes,
             tuple(edit.refused),
             tuple(sorted(edit.missed, key=lambda m: -m.matched / m.total)),
-            state.text,
-            str(graph),
+            before.form.text,
+            form.text,
         )
+        prints = fingerprints(graph, deep=self.checked, known=before.prints)
+        return report, _State(graph.clone() if modified else before.graph, form, prints)
 
     def _apply(self, one: GraphPass, graph: Graph, edit: Edit) -> None:
         if not isinstance(one, RewritePass):  # counts as one rewrite
             if not self.allowance.left():
                 return
             self.allowance.spend(one.name, "")
-        try:
+        with self._failing(one):
             one.apply(graph, edit)
             _drop_unread(graph)
-            graph.module.recompile()
+
+    @contextmanager
+    def _failing(self, one: GraphPass) -> Iterator[None]:
+        """What goes wrong inside is the fault of the pass."""
+        try:
+            yield
         except QatgraphError:
             raise
         except Exception as error:
@@ -137,26 +147,40 @@ class PassManager:
                 todo=f"mend the pass (passes before it: {ran})",
             ) from error
 
-    def _check(self, one: GraphPass, before: Graph, after: Graph, state: _State, modified: bool) -> None:
-        check_parameters(one, state.prints, after, deep=self.checked)
-        check_signature(one, before, after)
-        check_properties(one, before, after, done=not self.allowance.stopped)
+    def _check(self, one: GraphPass, before: _State, after: Graph, modified: bool) -> None:
+        check_parameters(one, before.prints, after, deep=self.checked)
+        check_signature(one, before.graph, after)
+        check_properties(one, before.graph, after, done=not self.allowance.stopped)
         if self.checked and modified:
-            check_constants(one, before, after)
-            check_numerics(one, before, after)
+            check_constants(one, before.graph, after)
+            check_numerics(one, before.graph, after)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What tells whether a pass changed a graph: its text, the hash of its structure, and the modules that it calls."""
+
+    text: str
+    structure: str
+    modules: tuple[str, ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> _Form:
+        called = graph.module.graph.find_nodes(op="call_module")
+        return cls(str(graph), graph.structural_hash(), tuple(str(node.target) for node in called))
 
 
 @dataclass(frozen=True)
 class _State:
-    """Of the graph before a pass: its text, the hash of its structure, and what its parameters looked like."""
+    """Before a pass: a copy of the graph, what it looked like, and what its parameters looked like."""
 
-    text: str
-    structure: str
+    graph: Graph
+    form: _Form
     prints: Prints
 
     @classmethod
     def of(cls, graph: Graph, prints: Prints) -> _State:
-        return cls(str(graph), graph.structural_hash(), prints)
+        return cls(graph.clone(), _Form.of(graph), prints)
 
 
 def text_diff(name: str, before: str, after: str) -> str:

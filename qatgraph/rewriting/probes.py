@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,13 +38,12 @@ class Runner:
 
     def __init__(self, graph: Graph, *, wide: bool = False) -> None:
         self.wide = wide
-        self.module = _copied(graph.module) if wide or _has_state(graph) else graph.module
-        if wide:
-            self.module.double()
+        self.module = graph.module
+        self.copies = _Copies(wide) if wide or _has_state(graph) else None
 
     def __call__(self, leaves: Leaves, *, noted: bool = False) -> Values:
         """Run; ``noted`` holds each value against the shape and type that the graph notes (raises StaleError)."""
-        recorder = _Wide(self.module) if self.wide else _Noted(self.module) if noted else _Recorder(self.module)
+        recorder = (_Wide if self.wide else _Noted if noted else _Recorder)(self.module, self.copies)
         given = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -53,10 +51,26 @@ class Runner:
         return Values(recorder.named, pytree.tree_leaves(output))
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of how it copies the structure of inputs
-        return copy.deepcopy(module)
+class _Copies:
+    """A runner's own copies of what the graph holds, in float64 if ``wide``; two paths to one tensor have one copy."""
+
+    def __init__(self, wide: bool) -> None:
+        self.wide = wide
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.modules: dict[int, torch.nn.Module] = {}
+        self.memo: dict[int, Any] = {}
+
+    def tensor(self, source: torch.Tensor) -> torch.Tensor:
+        if id(source) not in self.tensors:
+            own = source.detach().clone()
+            self.tensors[id(source)] = _widened(own) if self.wide else own
+        return self.tensors[id(source)]
+
+    def module(self, source: torch.nn.Module) -> torch.nn.Module:
+        if id(source) not in self.modules:
+            own = copy.deepcopy(source, self.memo)
+            self.modules[id(source)] = own.double() if self.wide else own
+        return self.modules[id(source)]
 
 
 def _has_state(graph: Graph) -> bool:
@@ -106,9 +120,18 @@ def _resized(leaves: Leaves, dims: tuple[DimInfo, ...]) -> Leaves:
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, copies: _Copies | None) -> None:
         super().__init__(module)
+        self.copies = copies
         self.named: dict[str, torch.Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return self.copies.tensor(found) if self.copies and isinstance(found, torch.Tensor) else found
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = self.fetch_attr(target)
+        return (self.copies.module(found) if self.copies else found)(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = self.finished(n, super().run_node(n))
