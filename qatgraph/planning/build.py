@@ -145,9 +145,7 @@ def _derived(constraint: Constraint, at: dict[Port, Quantizer]) -> Quantizer:
     return Quantizer(str(bias), spec, (str(bias),), (bias,), derived_from=tuple(q.name for q in found))
 
 
-def _grid_decision(
-    name: str, grid: Grid, solution: Solution, shared: dict[str, tuple[int, Constraint]]
-) -> Decision:
+def _grid_decision(name: str, grid: Grid, solution: Solution, shared: dict[str, tuple[int, Constraint]]) -> Decision:
     owner = next(solution.choices[p.node] for p in grid.ports)
     assert owner.row is not None
     spec = grid.options[0]

@@ -134,7 +134,8 @@ class _Recorder(fx.Interpreter):
         return (self.copies.module(found) if self.copies else found)(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self.finished(n, super().run_node(n))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)  # and no notes for tracebacks, as fx makes
+        value = self.finished(n, getattr(self, n.op)(n.target, args, kwargs))
         if has_record(n) and isinstance(value, torch.Tensor):
             self.named[record(n).name] = value
         return value
@@ -160,7 +161,7 @@ class _Wide(_Recorder):
         return super().run(*map(_widened, args), **options)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs))
+        args, kwargs = tuple(map(_wide_dtype, args)), {k: _wide_dtype(a) for k, a in kwargs.items()}
         try:
             return super().call_function(target, args, kwargs)
         except Exception:
@@ -170,11 +171,15 @@ class _Wide(_Recorder):
             return super().call_function(target, args, kwargs)
 
     def finished(self, n: fx.Node, value: Any) -> Any:
-        return pytree.tree_map(_widened, value)
+        return _widened(value) if isinstance(value, torch.Tensor) else pytree.tree_map(_widened, value)
 
 
 def _narrowed(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+def _wide_dtype(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def _widened(value: Any) -> Any:
