@@ -217,6 +217,19 @@ def test_state_chance_and_casts_are_no_fault_of_a_pass(numerics: Numerics) -> No
     assert float(graph.module.get_buffer("count")) == 0.0, "the checks ran on a copy"
 
 
+def another_module(graph: Graph, edit: Edit) -> None:
+    first, second = graph.module.graph.find_nodes(op="call_module")
+    second.target = first.target
+
+
+def test_a_call_of_another_module_which_no_text_shows_is_a_change() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.1))
+    manager = PassManager([by_hand(nothing), by_hand(another_module), by_hand(nothing)])
+    manager.run(qg.canonicalize(qg.capture(model, floats(2, 4))))
+    assert [r.modified for r in manager.reports] == [False, True, False]
+    assert manager.reports[1].diff() == ""
+
+
 @pytest.mark.parametrize("numerics", [same, within(1e-9)], ids=str)
 @pytest.mark.parametrize(
     ("fault", "code", "what"),

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from qatgraph.errors import PassError, QatgraphError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.properties import held
@@ -162,12 +164,13 @@ class _Form:
 
     text: str
     structure: str
-    modules: tuple[str, ...]
+    modules: tuple[torch.nn.Module, ...]  # they compare by identity
 
     @classmethod
     def of(cls, graph: Graph) -> _Form:
         called = graph.module.graph.find_nodes(op="call_module")
-        return cls(str(graph), graph.structural_hash(), tuple(str(node.target) for node in called))
+        modules = tuple(graph.module.get_submodule(str(node.target)) for node in called)
+        return cls(str(graph), graph.structural_hash(), modules)
 
 
 @dataclass(frozen=True)
