@@ -82,13 +82,13 @@ def shape_text(shape: tuple[Size, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
-def _varying(graph: Graph) -> set[fx.Node]:
+def _varying(nodes: list[fx.Node]) -> set[fx.Node]:
     """The nodes that depend on an input of the model, or on chance."""
     from qatgraph.ir.aliases import draws
     from qatgraph.ir.meta import has_record, record
 
     found: set[fx.Node] = set()
-    for node in graph.module.graph.nodes:
+    for node in nodes:
         # attention is tagged as random for its dropout, which no captured graph has
         random = draws(node) and not (has_record(node) and record(node).kind == "attention")
         if node.op == "placeholder" or random or any(source in found for source in node.all_input_nodes):
@@ -106,17 +106,19 @@ def _reader_kinds(node: fx.Node) -> Iterator[str]:
 
 
 def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
-    """The facts of every named node whose result is a float tensor, in order of execution."""
+    """The facts of every named node whose result is a float tensor, in the order of ``dataflow_order``."""
     import torch
     from torch import fx
 
     from qatgraph.ir.graph import arguments, example_size, size_text
     from qatgraph.ir.masks import ROLES, weight_of
     from qatgraph.ir.meta import has_record, record, value_of
+    from qatgraph.ir.topology import dataflow_order
 
+    nodes = dataflow_order(graph.module.graph)
     symbols = graph.size_names()
     storage: dict[int, str] = {}
-    for node in graph.module.graph.nodes:
+    for node in nodes:
         tensor = graph.parameter(node)
         if tensor is not None:
             storage.setdefault(id(tensor), str(node.target))
@@ -124,7 +126,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     def first_path(*nodes: fx.Node | None) -> str:
         return " * ".join(storage[id(graph.parameter(n))] for n in nodes if n is not None)
 
-    varying = _varying(graph)
+    varying = _varying(nodes)
 
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
@@ -166,6 +168,5 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             constant=node not in varying,
         )
 
-    return tuple(
-        fact(n) for n in graph.nodes if isinstance(value_of(n), torch.Tensor) and value_of(n).is_floating_point()
-    )
+    named = (n for n in nodes if has_record(n) and isinstance(value_of(n), torch.Tensor))
+    return tuple(fact(n) for n in named if value_of(n).is_floating_point())
