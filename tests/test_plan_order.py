@@ -177,8 +177,8 @@ class Counter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.a(x) + self.calls
         self.calls.add_(1)
-        y = y + self.b(x) * self.calls
-        return y
+        z: torch.Tensor = y + self.b(x) * self.calls
+        return z
 
 
 def test_the_order_of_the_data_flow_holds_every_node_once_after_its_inputs() -> None:
