@@ -1,10 +1,10 @@
-"""The solver on small synthetic graphs: free of order, monotone, and every demotion with its reason."""
+"""The solver on small synthetic graphs: free of order, and every demotion with its reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations_with_replacement, permutations, product
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -24,41 +24,11 @@ from qatgraph.planning.target import Row, Target, load_target
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize
 from qatgraph.specs import QuantSpec, ScaleRule
 from tests.models import captured, floats
+from tests.nets import S8, U8, clashing, net, op
 
 TOY = load_target(str(Path(__file__).parents[1] / "examples" / "targets" / "toy_npu.toml"))
 ORT = load_target("ort-cpu")
 TABLES = {"ort-cpu": ORT, "toy-npu": TOY}
-U8, S8 = QuantSpec.parse("u8 affine per-tensor"), QuantSpec.parse("s8 symmetric per-tensor")
-SHAPE = ("batch", 5, 16)
-
-
-def op(name: str, kind: str, *sources: str, storage: str = "", bias: bool = False) -> NodeFact:
-    """A node that reads ``sources``; a linear or embedding has a weight of its own, or the tensor ``storage``."""
-    parameters: tuple[ParameterFact, ...] = ()
-    if kind in ("linear", "embedding"):
-        parameters = (ParameterFact("weight", f"{name}.weight", storage or f"{name}.weight", (16, 16), 1024),)
-    if bias:
-        parameters += (ParameterFact("bias", f"{name}.bias", f"{name}.bias", (16,), 64),)
-    return NodeFact(
-        name=name,
-        kind=kind,
-        module=name,
-        region="",
-        source="",
-        inputs=tuple(zip(("x", "y"), sources, strict=False)),
-        parameters=parameters,
-        shape=SHAPE,
-        x_shape=SHAPE,
-        readers=(),
-        bytes=4 * 5 * 16 * 4,
-    )
-
-
-def net(*facts: NodeFact) -> tuple[NodeFact, ...]:
-    def readers(name: str) -> tuple[str, ...]:
-        return tuple(sorted({f.kind for f in facts if name in [v for _, v in f.inputs]}))
-
-    return tuple(replace(f, readers=readers(f.name)) for f in facts)
 
 
 def plan_of(facts: tuple[NodeFact, ...], table: Target, constraints: Sequence[Constraint] = ()) -> Plan:
@@ -75,105 +45,8 @@ def derive(node: str, by: str = "derive-test") -> Constraint:
     return Constraint("derive", ports, Author("pass", by), f"'{node}' adds its bias to the accumulator")
 
 
-def clashing(*kinds: str, x: Sequence[QuantSpec] = (U8, S8)) -> Target:
-    """A target on which kinds disagree about the grid of what they read: the grids go round among them."""
-    rows = []
-    for kind, grid in zip(kinds, [x[i % len(x)] for i in range(len(kinds))], strict=True):
-        rows.append(Row(id=f"{kind}.int8", op=kind, placement="int8", kernel="K", x=(grid,), why="{name} {shape}"))
-        rows.append(Row(id=f"{kind}.float", op=kind, placement="engine-float", kernel="F", why="{name} {shape}"))
-    return Target(name="clashing", description="kinds disagree", row=tuple(rows))
-
-
 def reason(solution: Solution, node: str) -> str:
     return " ".join(solution.choices[node].out.values())
-
-
-# monotone: taking int8 away from one node never gives a better row to another
-
-
-def ranks(facts: tuple[NodeFact, ...], table: Target, forced: Sequence[str]) -> dict[str, int]:
-    """The position of each node's row among the rows of its kind; 0 is the best."""
-    solution = solve(facts, table, [pin(n, by="force", why="the test says so") for n in forced])
-    return {
-        n: next((i for i, (row, _) in enumerate(c.rows) if row is c.row), len(c.rows))
-        for n, c in solution.choices.items()
-    }
-
-
-def improvements(facts: tuple[NodeFact, ...], table: Target) -> list[str]:
-    """Every case where forcing one more node to float moved another node to a better row."""
-    names = [f.name for f in facts]
-    subsets = {mask: [n for i, n in enumerate(names) if mask >> i & 1] for mask in range(1 << len(names))}
-    found = {mask: ranks(facts, table, forced) for mask, forced in subsets.items()}
-    return [
-        f"with {names[i]} in float besides {subsets[mask]}, {other} goes from row {found[mask][other]} to {rank}"
-        for mask in subsets
-        for i in range(len(names))
-        if not mask >> i & 1
-        for other, rank in found[mask | 1 << i].items()
-        if other != names[i] and rank < found[mask][other]
-    ]
-
-
-ALPHABET = {
-    "ort-cpu": ["linear", "linear tied", "embedding tied", "gelu", "clamp", "reshape"],
-    "toy-npu": ["linear", "gelu", "residual_add", "layer_norm", "reshape"],
-}
-
-
-def node(i: int, word: str, sources: Sequence[str]) -> NodeFact:
-    kind, _, tied = word.partition(" ")
-    return op(f"n{i}", kind, *sources, storage="table" if tied else "")
-
-
-def wirings(word: str, values: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(combinations_with_replacement(values, 2)) if word == "residual_add" else [(v,) for v in values]
-
-
-def all_nets(words: Sequence[str], size: int) -> Iterator[tuple[NodeFact, ...]]:
-    values = ["x", *(f"n{i}" for i in range(size))]
-    for chosen in product(words, repeat=size):
-        for wires in product(*(wirings(w, values[: i + 1]) for i, w in enumerate(chosen))):
-            yield net(*(node(i, w, s) for i, (w, s) in enumerate(zip(chosen, wires, strict=True))))
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_monotone(name: str) -> None:
-    for size in (2, 3):
-        for facts in all_nets(ALPHABET[name], size):
-            assert improvements(facts, TABLES[name]) == []
-
-
-@st.composite
-def nets(draw: st.DrawFn, words: Sequence[str], size: int) -> tuple[NodeFact, ...]:
-    values, facts = ["x"], []
-    for i in range(size):
-        word = draw(st.sampled_from(words))
-        facts.append(node(i, word, draw(st.sampled_from(wirings(word, values)))))
-        values.append(f"n{i}")
-    return net(*facts)
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_larger_nets_are_monotone(name: str) -> None:
-    @settings(max_examples=40, deadline=None)
-    @given(nets(ALPHABET[name], 6))
-    def check(facts: tuple[NodeFact, ...]) -> None:
-        assert improvements(facts, TABLES[name]) == []
-
-    check()
-
-
-def test_the_alphabets_hold_every_kind_that_can_be_int8() -> None:
-    for name, table in TABLES.items():
-        assert {r.op for r in table.row if r.placement == "int8"} <= {w.split()[0] for w in ALPHABET[name]}
-
-
-def test_a_table_that_is_not_monotone_is_seen() -> None:
-    facts = net(op("a", "linear", "x"), op("b", "gelu", "x"))
-    assert improvements(facts, clashing("linear", "gelu")) == [
-        "with a in float besides [], b goes from row 1 to 0",
-    ]
 
 
 # free of order
@@ -225,7 +98,7 @@ def settled(constraints: Sequence[Constraint], table: Target) -> list[object]:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_solution_is_free_of_order(name: str) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.permutations(POOL))
     def check(constraints: list[Constraint]) -> None:
         assert settled(constraints, TABLES[name]) == settled(POOL, TABLES[name])
@@ -235,7 +108,7 @@ def test_the_solution_is_free_of_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_hash_of_the_plan_is_free_of_order(name: str) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.permutations(POOL))
     def check(constraints: list[Constraint]) -> None:
         assert plan_of(NET, TABLES[name], constraints).hash() == plan_of(NET, TABLES[name], POOL).hash()
