@@ -34,8 +34,13 @@ from qatgraph.planning.target import load_target
 from qatgraph.rewriting.passes import PlanningPass
 from qatgraph.rewriting.registry import make_pass
 from tests.models import MODELS, canonical, floats
+from tests.nets import clashing
 
-TARGETS = ("ort-cpu", "examples/targets/toy_npu.toml")
+TARGETS = {
+    "ort-cpu": load_target("ort-cpu"),
+    "toy-npu": load_target("examples/targets/toy_npu.toml"),
+    "clashing": clashing("linear", "residual_add", "mul", "gelu"),  # somebody has to give way, and always the same
+}
 CASES = [(model, target) for model in MODELS for target in TARGETS]
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**32)
@@ -56,7 +61,7 @@ def plan_hash(
     arrange: Callable[[list[Constraint]], object] = lambda constraints: None,
 ) -> str:
     """Of the plan of a canonical graph; ``arrange`` puts the constraints into another order."""
-    context = PlanningContext(load_target(target), Recipe(), facts_of(graph))
+    context = PlanningContext(TARGETS[target], Recipe(), facts_of(graph))
     constraints = stated(context, graph, planning() if passes is None else passes)
     arrange(constraints)
     return build_plan(context, constraints, {}).hash()
@@ -152,6 +157,12 @@ def test_a_reordered_graph_is_the_same_graph_and_the_whole_road_to_its_plan_the_
     plans = [qg.plan(g) for g in (graph, twin)]
     hashes = [{k: v for k, v in plan.hashes.items() if k != "graph"} for plan in plans]
     assert replace(plans[0], hashes=hashes[0]).to_json() == replace(plans[1], hashes=hashes[1]).to_json()
+
+
+def test_on_the_clashing_target_nodes_give_way() -> None:
+    context = PlanningContext(TARGETS["clashing"], Recipe(), facts_of(canonical("encoder")))
+    plan = build_plan(context, [], {})
+    assert any("contradicts" in prediction.remedy for prediction in plan.predictions)
 
 
 def test_a_hundred_seeds_give_a_hundred_orders_of_execution() -> None:
