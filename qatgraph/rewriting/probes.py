@@ -62,8 +62,8 @@ class _Copies:
 
     def tensor(self, source: torch.Tensor) -> torch.Tensor:
         if id(source) not in self.tensors:
-            own = source.detach().clone()
-            self.tensors[id(source)] = _widened(own) if self.wide else own
+            dtype = torch.float64 if self.wide and source.is_floating_point() else source.dtype
+            self.tensors[id(source)] = source.detach().to(dtype, copy=True)
         return self.tensors[id(source)]
 
     def module(self, source: torch.nn.Module) -> torch.nn.Module:
