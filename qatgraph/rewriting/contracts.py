@@ -19,6 +19,7 @@ from qatgraph.rewriting.probes import Leaves, Runner, StaleError, Values, differ
 
 SAMPLE = 2**16
 Prints = dict[str, tuple[torch.Tensor, int, torch.Tensor]]
+Answers = dict[bool, list[tuple[Leaves, list[Any]]]]  # in float64 or not -> what a graph gives for each probe
 
 
 def fingerprints(graph: Graph, *, deep: bool, known: Prints | None = None) -> Prints:
@@ -134,22 +135,35 @@ def _constants(graph: Graph) -> dict[tuple[str, str], torch.Tensor]:
     return found
 
 
-def check_numerics(one: GraphPass, before: Graph, after: Graph) -> None:
-    """Hold every value against its noted shape, and run both graphs on the probes: they agree as the pass declared."""
+def check_numerics(one: GraphPass, before: Graph, after: Graph, known: Answers) -> Answers:
+    """Hold every value against its noted shape, and run both graphs on the probes: they agree as the pass declared.
+
+    ``known`` are answers of the graph before, which need no run; what the graph after answers is returned.
+    """
     wide = one.numerics.kind != "same"
     native = Runner(after)
     changed = Runner(after, wide=True) if wide else native
     where = "on the example inputs"
-    for number, (leaves, want) in enumerate(_references(one, before, Runner(before, wide=wide))):
-        if wide and number == 0:
+    answers: list[tuple[Leaves, list[Any]]] = []
+    for leaves, want in known.get(wide) or _references(one, before, Runner(before, wide=wide)):
+        if wide and not answers:
             _run_after(one, native, leaves, where, noted=True)
-        _compare(one, before, want, _run_after(one, changed, leaves, where, noted=not wide and number == 0))
+        have = _run_after(one, changed, leaves, where, noted=not wide and not answers)
+        answers.append((leaves, _kept(have.output)))
+        _compare(one, before, want, have, [leaves for leaves, _ in answers])
         where = "on inputs in another order, and of other sizes where they move"
+    return {wide: answers}
 
 
-def _references(one: GraphPass, before: Graph, runner: Runner) -> Iterator[tuple[Leaves, Values]]:
+def _kept(output: list[Any]) -> list[Any]:
+    """An output may be a buffer, which the next run writes into."""
+    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
+
+
+def _references(one: GraphPass, before: Graph, runner: Runner) -> Iterator[tuple[Leaves, list[Any]]]:
     try:
-        yield from probes(before, runner)
+        for leaves, values in probes(before, runner):
+            yield leaves, values.output
     except Exception as error:
         todo = "run the graph on its example inputs, and look at what the passes before it did"
         what = f"the graph does not run before '{one.name}'"
@@ -177,12 +191,14 @@ def _does_not_run(what: str, where: str, error: Exception, todo: str) -> PassErr
     return PassError("QG206", what, where=where, why=why, todo=todo)
 
 
-def _compare(one: GraphPass, before: Graph, want: Values, have: Values) -> None:
+def _compare(one: GraphPass, before: Graph, want: list[Any], have: Values, asked: list[Leaves]) -> None:
     eps = one.numerics.eps
-    for name, a, b in zip(before.info.outputs, want.output, have.output, strict=True):
+    for name, a, b in zip(before.info.outputs, want, have.output, strict=True):
         error = difference(a, b)
         if error > eps:
-            named = (n for n, value in have.named.items() if n in want.named and difference(want.named[n], value) > eps)
+            runner = Runner(before, wide=one.numerics.kind != "same")
+            *_, again = (runner(leaves).named for leaves in asked)
+            named = (n for n, value in have.named.items() if n in again and difference(again[n], value) > eps)
             raise PassError(
                 "QG207",
                 f"'{one.name}' declares its numerics as {one.numerics}, but the output '{name}' differs",

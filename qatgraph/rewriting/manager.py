@@ -16,6 +16,7 @@ from qatgraph.ir.graph import Graph
 from qatgraph.ir.properties import held
 from qatgraph.ir.stages import Stage, verify_structure
 from qatgraph.rewriting.contracts import (
+    Answers,
     Prints,
     check_constants,
     check_numerics,
@@ -105,7 +106,7 @@ class PassManager:
             if modified:
                 with self._failing(one):
                     graph.module.recompile()
-            self._check(one, before, graph, modified)
+            answers = self._check(one, before, graph, modified)
         except PassError as error:
             error.diff = error.diff or text_diff(one.name, before.form.text, _text(graph))
             raise
@@ -121,7 +122,7 @@ class PassManager:
             form.text,
         )
         prints = fingerprints(graph, deep=self.checked, known=before.prints)
-        return report, _State(graph.clone() if modified else before.graph, form, prints)
+        return report, _State(graph.clone() if modified else before.graph, form, prints, answers)
 
     def _apply(self, one: GraphPass, graph: Graph, edit: Edit) -> None:
         if not isinstance(one, RewritePass):  # counts as one rewrite
@@ -149,13 +150,14 @@ class PassManager:
                 todo=f"mend the pass (passes before it: {ran})",
             ) from error
 
-    def _check(self, one: GraphPass, before: _State, after: Graph, modified: bool) -> None:
+    def _check(self, one: GraphPass, before: _State, after: Graph, modified: bool) -> Answers:
         check_parameters(one, before.prints, after, deep=self.checked)
         check_signature(one, before.graph, after)
         check_properties(one, before.graph, after, done=not self.allowance.stopped)
-        if self.checked and modified:
-            check_constants(one, before.graph, after)
-            check_numerics(one, before.graph, after)
+        if not (self.checked and modified):
+            return before.answers
+        check_constants(one, before.graph, after)
+        return check_numerics(one, before.graph, after, before.answers)
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,16 @@ class _Form:
 
 @dataclass(frozen=True)
 class _State:
-    """Before a pass: a copy of the graph, what it looked like, and what its parameters looked like."""
+    """Before a pass: a copy of the graph, what it and its parameters looked like, and what it gave for the probes."""
 
     graph: Graph
     form: _Form
     prints: Prints
+    answers: Answers
 
     @classmethod
     def of(cls, graph: Graph, prints: Prints) -> _State:
-        return cls(graph.clone(), _Form.of(graph), prints)
+        return cls(graph.clone(), _Form.of(graph), prints, {})
 
 
 def text_diff(name: str, before: str, after: str) -> str:
