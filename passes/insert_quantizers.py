@@ -52,8 +52,9 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
         module = WeightFakeQuantize(quantizer.spec)
     else:
         module = ActivationFakeQuantize(quantizer.spec, quantizer.observer)
-    # a producer that writes integers comes first: then its readers already read the quantized value
-    for port in sorted(quantizer.ports, key=lambda p: p.role != "out"):
+    # a producer that writes integers comes first: then its readers already read the quantized value; and of the readers
+    # the one that runs first, since the others read what is made in front of it
+    for port in sorted(quantizer.ports, key=lambda p: (p.role != "out", nodes[p.node])):
         node = nodes[port.node]
         if port.role == "out":
             _on_result(node, path, module, edit)

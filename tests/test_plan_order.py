@@ -159,6 +159,17 @@ def test_a_reordered_graph_is_the_same_graph_and_the_whole_road_to_its_plan_the_
     assert replace(plans[0], hashes=hashes[0]).to_json() == replace(plans[1], hashes=hashes[1]).to_json()
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_plan_is_laid_over_any_order_of_the_nodes(model: str, target: str) -> None:
+    """A quantizer that several nodes read stands in front of the one that runs first, wherever the plan names it."""
+    for seed in range(3):
+        twin = reordered(canonical(model), seed)
+        qat, batch = qg.prepare(twin, qg.plan(twin, TARGETS[target])), MODELS[model].inputs(1)
+        for a, b in zip(*(pytree.tree_leaves(g.run(batch)) for g in (twin, Graph.of(qat))), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_on_the_clashing_target_nodes_give_way() -> None:
     context = PlanningContext(TARGETS["clashing"], Recipe(), facts_of(canonical("encoder")))
     plan = build_plan(context, [], {})
