@@ -122,7 +122,7 @@ def ruled(plan: Plan, rule: str) -> set[str]:
 def test_what_depends_on_no_input_stays_in_float_and_has_no_kernel() -> None:
     found = lowered(Positions)
     constants = {"project:linear", "norm:layer_norm", "Positions:attention"}
-    assert constants <= {f.name for f in found.plan.nodes if f.constant}
+    assert constants <= {f.name for f in found.plan.nodes if f.absent == "constant"}
     assert ruled(found.plan, "constant") & {"project:linear", "head:linear"} == {"project:linear"}
     assert constants & {p.node for p in found.plan.predictions} == set()
     assert {p.node for q in found.plan.quantizers for p in q.ports} == {"head:linear"}
@@ -134,6 +134,34 @@ def test_the_same_over_an_input_is_planned() -> None:
     found = lowered(Moved)
     assert ruled(found.plan, "constant") == set()
     assert set(found.plan.int8_nodes()) == {"project:linear", "head:linear"}
+
+
+class Running(nn.Module):
+    """Keeps a running mean in a buffer, which no output reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 16)
+        self.register_buffer("mean", torch.zeros(16))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.copy_(self.mean * 0.9 + x.mean((0, 1)) * 0.1)
+        y: Tensor = self.head(x)
+        return y
+
+
+def test_what_only_sets_a_state_has_no_kernel() -> None:
+    found = lowered(Running)
+    assert {f.name for f in found.plan.nodes if not f.absent} == {"head:linear"}
+    assert "Running:residual_add" in ruled(found.plan, "state")
+    assert mismatches(found) == []
+    assert set(found.plan.int8_nodes()) == {"head:linear"}
+
+
+def test_a_kernel_that_is_promised_for_a_state_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatgraph.planning.facts._needed", set)
+    assert any("'Running:residual_add'" in m for m in mismatches(lower(Case(Running, lambda seed: inputs(seed + 1)))))
 
 
 def test_a_constant_cannot_be_asked_to_be_int8() -> None:

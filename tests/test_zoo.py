@@ -132,6 +132,10 @@ FAULTS: dict[str, tuple[Callable[[], Result], str]] = {
     ),
     "a pass that breaks its word": (lambda: walk("plain", PLAIN, passes=[Spoil()]), "canonicalize: QG207"),
     "a pass that hides it": (lambda: walk("plain", PLAIN, passes=[SpoilInSecret()]), "numerics: outputs differ"),
+    "a model that gives nothing": (
+        lambda: walk("silent", replace(PLAIN, make=Silent)),
+        "numerics: every output is zero",
+    ),
     "a model that branches": (lambda: walk("branching", replace(PLAIN, make=Branching)), "capture: QG101"),
     "a refusal that does not come": (lambda: walk("plain", replace(PLAIN, refused="QG101")), "capture: it succeeds"),
 }

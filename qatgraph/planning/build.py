@@ -11,12 +11,11 @@ from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.plan import Alternative, Decision, Partition, Placement, Plan, Prediction, Quantizer
 from qatgraph.planning.predict import UNASKED, bias_of
 from qatgraph.planning.recipe import Recipe
-from qatgraph.planning.solver import CONSTANT_WHY, Choice, Grid, Solution, port_options, solve, value_at
+from qatgraph.planning.solver import ABSENT_WHY, Choice, Grid, Solution, port_options, solve, value_at
 from qatgraph.planning.target import Row, Target
 from qatgraph.specs import DType, Granularity, QuantSpec, ScaleRule
 
 DEFAULT = Author("default", "float fallback")
-CONSTANT = Author("default", "constant")
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,9 @@ def _decision(choice: Choice) -> Decision:
     lost = tuple(_lost(choice))
     if held is not None:
         return Decision(fact.name, placement, held.author, held.author.id, held.why, lost)
-    if fact.constant:
-        return Decision(fact.name, placement, CONSTANT, "constant", CONSTANT_WHY.format(fact.name), lost)
+    if fact.absent:
+        author, why = Author("default", fact.absent), ABSENT_WHY[fact.absent].format(fact.name)
+        return Decision(fact.name, placement, author, fact.absent, why, lost)
     if row is None:
         why = f"no row of the target fits '{fact.name}', a {fact.kind}: it stays in float"
         return Decision(fact.name, placement, DEFAULT, "no row", why, lost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import fx
@@ -36,7 +36,8 @@ class NodeFact:
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout; ``bytes``
-    its size on the example batch. ``constant``: it depends on no input of the model, so the engine computes it once.
+    its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
+    a ``constant`` (it depends on no input), or only gives a ``state`` of the model a new value.
     """
 
     name: str
@@ -51,7 +52,7 @@ class NodeFact:
     readers: tuple[str, ...]
     bytes: int
     x_bytes: int = 0
-    constant: bool = False
+    absent: Literal["", "constant", "state"] = ""
 
     @property
     def rank(self) -> int:
@@ -96,6 +97,15 @@ def _varying(nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes that an output depends on."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op == "output" or node in found:
+            found.update((node, *node.all_input_nodes))
+    return found
+
+
 def _reader_kinds(node: fx.Node) -> Iterator[str]:
     from qatgraph.ir.meta import has_record, record
 
@@ -126,7 +136,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     def first_path(*nodes: fx.Node | None) -> str:
         return " * ".join(storage[id(graph.parameter(n))] for n in nodes if n is not None)
 
-    varying = _varying(nodes)
+    varying, needed = _varying(nodes), _needed(nodes)
 
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
@@ -165,7 +175,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             readers=tuple(sorted(set(_reader_kinds(node)))),
             bytes=elements * 4,
             x_bytes=x_bytes,
-            constant=node not in varying,
+            absent="constant" if node not in varying else "" if node in needed else "state",
         )
 
     named = (n for n in nodes if has_record(n) and isinstance(value_of(n), torch.Tensor))

@@ -18,7 +18,10 @@ from qatgraph.planning.predict import Wants, candidates, weight_options
 from qatgraph.planning.target import Row, Target
 from qatgraph.specs import QuantSpec
 
-CONSTANT_WHY = "'{}' depends on no input of the model: it is computed once, in float, and no kernel is left of it"
+ABSENT_WHY = {
+    "constant": "'{}' depends on no input of the model: it is computed once, in float, and no kernel is left of it",
+    "state": "'{}' only gives a state of the model its next value: the file keeps the old one, and no kernel is left",
+}
 
 
 @dataclass
@@ -101,7 +104,7 @@ def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Cho
         float_only=held is not None,
     )
     asked = [c for c in constraints if c.kind == "want"]
-    return Choice(fact, wants, [] if fact.constant else candidates(target, fact, wants), held, int8s, asked)
+    return Choice(fact, wants, [] if fact.absent else candidates(target, fact, wants), held, int8s, asked)
 
 
 def _keep_or_refuse(choice: Choice, target: Target) -> None:
@@ -120,7 +123,7 @@ def _keep_or_refuse(choice: Choice, target: Target) -> None:
 
 
 def _no_row(fact: NodeFact) -> str:
-    return CONSTANT_WHY.format(fact.name) if fact.constant else "it has no int8 row"
+    return ABSENT_WHY[fact.absent].format(fact.name) if fact.absent else "it has no int8 row"
 
 
 def _conflict(fact: NodeFact, a: Constraint, b: Constraint) -> PlanError:

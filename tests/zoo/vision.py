@@ -130,6 +130,7 @@ VISION: dict[str, Entry] = {
         hidden_sizes=[16, 16, 16],
         neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
         num_attention_heads=2,
+        initializer_range=0.2,  # else fifty layers in a row leave nothing of the input
     ),
     # additive attention without softmax: five products with weights in each of four blocks
     "swiftformer": vision(
