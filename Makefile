@@ -24,7 +24,7 @@ test-all: $(READY)  ## everything: real models, emulated instruction sets, train
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-GOLDEN := tests/test_golden.py tests/test_readme.py tests/test_pass_docs.py tests/test_new.py
+GOLDEN := tests/test_golden.py tests/test_readme.py tests/test_pass_docs.py tests/test_new.py tests/test_scale_outliers.py
 
 golden: $(READY)  ## write golden texts, docs/passes.md, README tables and skeletons anew (not golden-zoo); review the diff
 	$(BIN)/python -m pytest -q $(GOLDEN) --golden-write

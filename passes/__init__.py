@@ -35,6 +35,7 @@ BUILTIN: dict[str, str] = {
     "fold-attention-scale": "FoldAttentionScale",
     "merge-query-key-value": "MergeQueryKeyValue",
     "equalize-layers": "EqualizeLayers",
+    "scale-outliers": "ScaleOutliers",
     "keep-pruning-masks": "KeepPruningMasks",
     # planning
     "pin-layer-norm": "PinLayerNorm",
@@ -81,6 +82,7 @@ ON_REQUEST: tuple[str, ...] = (
     "fold-attention-scale",
     "merge-query-key-value",
     "equalize-layers",
+    "scale-outliers",
     "keep-pruning-masks",
 )
 

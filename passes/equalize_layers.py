@@ -12,7 +12,7 @@ from qatgraph.ir.graph import Graph
 from qatgraph.ir.masks import ROLES, Weight, weight_of
 from qatgraph.ir.meta import has_record, record, value_of
 from qatgraph.ir.stages import Stage
-from qatgraph.rewriting.channels import LAYERS, Channels
+from qatgraph.rewriting.channels import LAYERS, Channels, problem_of, replace_weight
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
 from qatgraph.rewriting.passes import GraphPass, changes_grid
@@ -96,15 +96,11 @@ class _Layer:
         if output is None and input is None:
             return
         weight = self._read("weight")
-        self._write(weight, self.channels.scaled(weight.stored.detach().double(), output=output, input=input), edit)
+        scaled = self.channels.scaled(weight.stored.detach().double(), output=output, input=input)
+        replace_weight(self.node, weight, scaled, "equalized", edit)
         if output is not None and attribute(self.node, "bias") is not None:
             bias = self._read("bias")
-            self._write(bias, bias.stored.detach().double() * output, edit)
-
-    def _write(self, old: Weight, values: torch.Tensor, edit: Edit) -> None:
-        values = values.to(old.stored.dtype).requires_grad_(old.stored.requires_grad)
-        reader = self.node if old.mask is None else old.argument
-        edit.reread(reader, old.parameter, edit.parameter(f"{old.parameter.target}/equalized", values, at=reader))
+            replace_weight(self.node, bias, bias.stored.detach().double() * output, "equalized", edit)
 
 
 def _powers(exponents: torch.Tensor) -> torch.Tensor:
@@ -154,23 +150,8 @@ def _axes(layer: fx.Node) -> int:
 def _joined(layer: fx.Node, node: fx.Node, axis: int, reader: fx.Node) -> tuple[fx.Node, int] | str:
     if axis != value_of(node).ndim - _axes(reader):
         return f"'{record(reader).name}' sums over another axis than that of its channels"
-    problem = _problem(layer, "weight") or _problem(layer, "bias") or _problem(reader, "weight")
+    problem = problem_of(layer, "weight") or problem_of(layer, "bias") or problem_of(reader, "weight")
     return problem or (reader, _size(node, axis) // _size(layer, value_of(layer).ndim - _axes(layer)))
-
-
-def _problem(layer: fx.Node, role: str) -> str:
-    """Why a weight or bias cannot be given other values; empty if it can."""
-    argument, where = attribute(layer, role), f"the {role} of '{record(layer).name}'"
-    if argument is None:
-        return ""
-    weight = weight_of(argument)
-    if weight is None:
-        return f"{where} is computed"
-    if not isinstance(weight.stored, torch.nn.Parameter):
-        return f"{where} is no parameter"
-    names = (n for n in layer.graph.find_nodes(op="get_attr") if (w := weight_of(n)) and w.stored is weight.stored)
-    readers = sum(len(n.users) for n in names)
-    return f"{where} is shared" if readers > 1 or len(weight.argument.users) > 1 else ""
 
 
 def _moved(node: fx.Node, axis: int, reader: fx.Node) -> int | str:

@@ -36,19 +36,34 @@ def capture(
     return run(model, inputs, dynamic_shapes, output_names=output_names, share_with=share_with)
 
 
-def canonicalize(graph: Graph, passes: Sequence[Pass] = ()) -> Graph:
+def canonicalize(
+    graph: Graph,
+    passes: Sequence[Pass] = (),
+    *,
+    data: Sequence[Batch] | None = None,
+    target: str | Target = "ort-cpu",
+    recipe: str | Recipe = "int8",
+) -> Graph:
     """Run the canonical pipeline, then the graph passes among ``passes``; every pass is checked.
 
+    Args:
+        graph: what ``capture`` returned.
+        passes: further passes.
+        data: calibration batches, for passes that search by the error on them (``scale-outliers``); they see the grids
+            of the plan that ``target`` and ``recipe`` give. Plan and prepare the graph that this returns.
+
     Raises:
-        PassError: QG2xx a pass failed or broke its contract.
+        PassError: QG2xx a pass failed or broke its contract; QG218 a pass needs data.
     """
     from qatgraph.passes import CANONICALIZE
+    from qatgraph.rewriting.evidence import Evidence
     from qatgraph.rewriting.manager import PassManager
     from qatgraph.rewriting.passes import GraphPass
     from qatgraph.rewriting.registry import make_pass
 
     pipeline = [*(make_pass(p) for p in CANONICALIZE), *passes]
-    return PassManager([p for p in pipeline if isinstance(p, GraphPass)]).run(graph)
+    evidence = None if data is None else Evidence(data, lambda g: decide(g, target, recipe), progress=True)
+    return PassManager([p for p in pipeline if isinstance(p, GraphPass)], evidence=evidence).run(graph)
 
 
 def plan(
@@ -61,7 +76,7 @@ def plan(
     """Decide what becomes int8 on a target, and why. The graph stays as it is.
 
     Args:
-        graph: what ``capture`` returned.
+        graph: what ``capture`` or ``canonicalize`` returned.
         target: a built-in name, the path of a TOML file, or a Target.
         recipe: ``"int8"``, the path of a TOML file, or a Recipe.
         passes: further passes; rewrites run at the end of canonicalization, planning passes after the built-in ones.
@@ -70,6 +85,11 @@ def plan(
         PlanError: QG301 a selector matches nothing, QG305 constraints contradict each other.
         TargetError: QG401, QG402 the target is unknown or not valid.
     """
+    return decide(canonicalize(graph, passes), target, recipe, passes)
+
+
+def decide(canonical: Graph, target: str | Target, recipe: str | Recipe, passes: Sequence[Pass] = ()) -> Plan:
+    """The plan of a graph as it is; ``plan`` canonicalizes it before."""
     from qatgraph.passes import PLANNING
     from qatgraph.planning.build import PlanningContext, build_plan
     from qatgraph.planning.facts import facts_of
@@ -78,7 +98,6 @@ def plan(
     from qatgraph.rewriting.passes import PlanningPass
     from qatgraph.rewriting.registry import make_pass
 
-    canonical = canonicalize(graph, passes)
     table = target if isinstance(target, Target) else load_target(target)
     wish = load_recipe(recipe)
     context = PlanningContext(table, wish, facts_of(canonical))

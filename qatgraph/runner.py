@@ -65,8 +65,15 @@ def set_up(job: Job, path: Path, seed: int) -> Setup:
     return Setup(model, data, graph)
 
 
-def make_plan(job: Job, path: Path, setup: Setup, passes: Sequence[Pass] = ()) -> Plan:
-    return api.plan(setup.graph, _beside(path, job.target), _beside(path, job.recipe), passes=passes)
+def canonicalize(job: Job, path: Path, setup: Setup, passes: Sequence[Pass]) -> Graph:
+    """The canonical graph after the user's passes, which may look at the calibration data."""
+    target, recipe = _beside(path, job.target), _beside(path, job.recipe)
+    return api.canonicalize(setup.graph, passes, data=setup.data.calibrate, target=target, recipe=recipe)
+
+
+def make_plan(job: Job, path: Path, canonical: Graph, passes: Sequence[Pass] = ()) -> Plan:
+    """The plan of a canonical graph; of the passes, those that plan are asked."""
+    return api.decide(canonical, _beside(path, job.target), _beside(path, job.recipe), passes)
 
 
 def _beside(path: Path, name: str) -> str:
@@ -123,9 +130,10 @@ def _one_seed(
     setup = set_up(job, path, seed)
     data = setup.data
     clock = time.perf_counter()
-    planned = plan or make_plan(job, path, setup, passes)
+    canonical = canonicalize(job, path, setup, passes)
+    planned = plan or make_plan(job, path, canonical, passes)
     api.load_backend(planned)  # a target without one is refused before the work
-    qat = api.prepare(setup.graph, planned, passes=passes)
+    qat = api.prepare(canonical, planned)
     stages = time.perf_counter() - clock
     say(f"{label}plan: {len(planned.int8_nodes())} int8 operations ({planned.hash()[:12]})")
     api.calibrate(qat, data.calibrate)
@@ -247,8 +255,8 @@ def verify_folder(path: Path, folder: Path | None = None) -> Report:
         )
     with threads(manifest["threads"]):  # a factory that trains gives the model of the run
         setup = set_up(job, path, job.seeds[0])
-    extra = parse_passes(manifest["passes"])
-    qat = api.prepare(setup.graph, Plan.load(folder / "plan.json"), passes=extra)
+        canonical = canonicalize(job, path, setup, parse_passes(manifest["passes"]))
+    qat = api.prepare(canonical, Plan.load(folder / "plan.json"))
     load_state(qat, folder / "qat.safetensors")
     report = api.verify(qat, onnx, setup.data.evaluate, float_model=setup.model, labels=setup.data.labels)
     report.job = job.name

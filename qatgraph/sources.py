@@ -14,11 +14,12 @@ from qatgraph import api
 from qatgraph.errors import JobError, QatgraphError
 from qatgraph.ir.graph import Graph
 from qatgraph.job import factory, load_job
-from qatgraph.runner import set_up, threads
+from qatgraph.rewriting.evidence import Evidence
+from qatgraph.runner import make_plan, set_up, threads
 
 
-def load_graph(source: str) -> Graph:
-    """Capture what ``source`` names.
+def load(source: str) -> tuple[Graph, Evidence | None]:
+    """Capture what ``source`` names; a job also brings calibration data for passes.
 
     ``JOB.toml`` is the job's model; ``FILE.py:FUNCTION`` a function that returns ``(model, batch)`` or
     ``(model, batch, dynamic_shapes)``; ``FILE.pt2`` what ``torch.export.save`` wrote.
@@ -31,12 +32,13 @@ def load_graph(source: str) -> Graph:
         path = Path(source)
         job = load_job(path)
         with threads(job.threads):
-            return set_up(job, path, job.seeds[0]).graph
+            setup = set_up(job, path, job.seeds[0])
+        return setup.graph, Evidence(setup.data.calibrate, lambda graph: make_plan(job, path, graph))
     if source.endswith(".pt2"):
-        return api.capture(_program(Path(source)))
+        return api.capture(_program(Path(source))), None
     if ".py:" in source:
         file, _, name = source.rpartition(":")
-        return api.capture(*_made(source, factory(Path(file), f"{Path(file).name}:{name}", "model")))
+        return api.capture(*_made(source, factory(Path(file), f"{Path(file).name}:{name}", "model"))), None
     raise _refused(source, "it is neither a job (.toml), a program (.pt2) nor file.py:function")
 
 

@@ -18,7 +18,9 @@ from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 
 import qatgraph as qg
+from qatgraph.api import decide
 from qatgraph.ir.graph import Batch, Graph, bind
+from qatgraph.rewriting.evidence import Evidence
 from tests.blocks import Clip, Cnn, Llama, Pruned, Written
 
 WIDTH, HEADS, VOCABULARY, MAX_LENGTH = 32, 2, 50, 64
@@ -206,3 +208,9 @@ def captured(name: str) -> Graph:
 @cache
 def canonical(name: str) -> Graph:
     return qg.canonicalize(captured(name))
+
+
+def evidence(graph: Graph) -> Evidence:
+    """The example inputs as calibration data, and the plan for ONNX Runtime."""
+    batch = graph.info.kwargs or graph.info.args
+    return Evidence([batch], lambda g: decide(g, "ort-cpu", "int8"))

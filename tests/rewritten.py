@@ -15,7 +15,7 @@ from qatgraph.ir.meta import record
 from qatgraph.rewriting.manager import PassManager
 from qatgraph.rewriting.passes import GraphPass
 from qatgraph.rewriting.registry import make_pass
-from tests.models import floats
+from tests.models import evidence, floats
 
 X, Y = floats(2, 4), floats(2, 4, seed=1)
 
@@ -61,7 +61,7 @@ def rewritten(name: str, graph: Graph) -> tuple[Graph, dict[str, str]]:
     """The graph after one pass, and what it refused: node -> reason."""
     one = make_pass(name)
     assert isinstance(one, GraphPass)
-    manager = PassManager([one], leaves=graph.stage)
+    manager = PassManager([one], leaves=graph.stage, evidence=evidence(graph))
     return manager.run(graph), {r.node: r.reason for r in manager.reports[0].refused}
 
 

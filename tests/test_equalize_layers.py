@@ -21,7 +21,7 @@ from qatgraph.passes import equalize_layers
 from qatgraph.passes.equalize_layers import EqualizeLayers
 from qatgraph.planning.recipe import Override, Recipe
 from qatgraph.planning.target import Row, Target
-from qatgraph.rewriting.channels import LAYERS, Channels
+from qatgraph.rewriting.channels import LAYERS, Channels, replace_weight
 from qatgraph.specs import QuantSpec
 from tests.models import floats
 from tests.rewritten import after, lines, rewritten
@@ -239,10 +239,11 @@ def test_a_layer_that_sums_over_another_axis_is_refused() -> None:
 
 
 def forget_the_bias(patch: pytest.MonkeyPatch) -> None:
-    write = equalize_layers._Layer._write
-    patch.setattr(
-        equalize_layers._Layer, "_write", lambda s, old, v, edit: write(s, old, v, edit) if v.ndim > 1 else None
-    )
+    def only_weights(layer: Any, old: Any, values: Tensor, *rest: Any) -> None:
+        if values.ndim > 1:
+            replace_weight(layer, old, values, *rest)
+
+    patch.setattr(equalize_layers, "replace_weight", only_weights)
 
 
 def believe_that_a_clamp_is_homogeneous(patch: pytest.MonkeyPatch) -> None:

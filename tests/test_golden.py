@@ -22,7 +22,10 @@ ADDRESS = re.compile(r"0x[0-9a-f]{6,}| object>|<function|\[[^\]]*\bs\d+\b|/(?:ho
 MODELS = ("mlp", "encoder")
 READ = ("cnn", "written", "llama", "clip", "pruned", "decomposed")  # what the passes make of them
 
-ON_REQUEST = {"equalize-layers": "cnn", "keep-pruning-masks": "pruned"}
+ON_REQUEST = {
+    "fold-attention-scale": "encoder", "merge-query-key-value": "encoder", "equalize-layers": "cnn",
+    "keep-pruning-masks": "pruned",
+}  # fmt: skip
 
 
 def plan_text(name: str) -> str:

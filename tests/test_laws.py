@@ -27,7 +27,7 @@ from qatgraph.rewriting.passes import GraphPass, Pass, PlanningPass, parse_optio
 from qatgraph.rewriting.pattern import Any as AnyValue
 from qatgraph.rewriting.pattern import Op
 from qatgraph.rewriting.registry import make_pass
-from tests.models import MODELS, canonical, captured
+from tests.models import MODELS, canonical, captured, evidence
 
 HEADINGS = ("What:", "Why:", "Before and after:", "Refuses:", "Numerics:")
 
@@ -36,7 +36,7 @@ GRAPH_PASSES = (*CANONICALIZE, *ON_REQUEST)
 
 
 def run(one: GraphPass, graph: Graph) -> tuple[Graph, PassReport]:
-    manager = PassManager([one], leaves=graph.stage)
+    manager = PassManager([one], leaves=graph.stage, evidence=evidence(graph))
     return manager.run(graph), manager.reports[0]
 
 
@@ -135,7 +135,8 @@ def test_every_pass_changes_some_model_of_the_zoo() -> None:
     """Else the laws would say nothing about it: in its place in the pipeline, or behind it if it is on request."""
     busy: set[str] = set()
     for model in MODELS:
-        manager = PassManager([p for p in map(make_pass, GRAPH_PASSES) if isinstance(p, GraphPass)])
+        passes = [p for p in map(make_pass, GRAPH_PASSES) if isinstance(p, GraphPass)]
+        manager = PassManager(passes, evidence=evidence(captured(model)))
         manager.run(captured(model))
         busy |= {r.name for r in manager.reports if r.modified}
     assert busy == set(GRAPH_PASSES)

@@ -21,7 +21,7 @@ from qatgraph.cli.common import busy
 from qatgraph.passes import BUILTIN, CANONICALIZE
 from qatgraph.rewriting.manager import PassManager
 from qatgraph.rewriting.pipeline import Pipeline
-from qatgraph.sources import load_graph
+from qatgraph.sources import load
 from tests.test_prediction import python_without
 
 JOBS = Path(__file__).parent / "jobs"
@@ -151,14 +151,14 @@ def test_opt_runs_the_pipeline_over_each_kind_of_source(kind: str, folder: Path,
 
 
 def test_a_program_and_the_module_that_it_was_exported_from_give_one_graph(folder: Path) -> None:
-    graphs = [load_graph(source(kind, folder)) for kind in ("program", "function")]
+    graphs = [load(source(kind, folder))[0] for kind in ("program", "function")]
     assert str(graphs[0]) == str(graphs[1])
     assert graphs[0].structural_hash() == graphs[1].structural_hash()
 
 
 def test_a_function_may_say_which_sizes_move(folder: Path) -> None:
-    assert "float32[batch, 4]" in str(load_graph(f"{folder / 'net.py'}:moving"))
-    assert "float32[2, 4]" in str(load_graph(f"{folder / 'net.py'}:model"))
+    assert "float32[batch, 4]" in str(load(f"{folder / 'net.py'}:moving")[0])
+    assert "float32[2, 4]" in str(load(f"{folder / 'net.py'}:model")[0])
 
 
 # ---------------------------------------------------------------- what it shows
@@ -210,7 +210,7 @@ def test_a_job_runs_with_the_threads_that_it_asks_for(tmp_path: Path) -> None:
     noted = "def model(seed: int, **options):\n    print(torch.get_num_threads())\n    return Tiny(16, False).eval()\n"
     (tmp_path / "tiny.py").write_text(f"{source}\n{noted}", encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        load_graph(str(tmp_path / "tiny.toml"))
+        load(str(tmp_path / "tiny.toml"))
     assert out.getvalue() == f"{before + 1}\n"
     assert torch.get_num_threads() == before
 
@@ -378,7 +378,7 @@ def test_a_wrong_pass_is_shown_with_what_it_did(folder: Path, qatgraph: Run) -> 
 
 @SOURCES
 def test_python_says_what_the_command_line_says(kind: str, folder: Path, qatgraph: Run) -> None:
-    graph = load_graph(source(kind, folder))
+    graph = load(source(kind, folder))[0]
     manager = PassManager(Pipeline.parse("canonicalize").steps, leaves=graph.stage)
     manager.run(graph)
 

@@ -27,13 +27,14 @@ def section(name: str, cls: type[Pass]) -> str:
     summary, _, body = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
     items = HEADING.sub(r"- **\1**: ", re.sub(r"\n\s+", " ", body))
     pipelines = [f"`{p}`" for p, steps in PIPELINES.items() if name in [s.partition("{")[0] for s in steps]]
-    facts = [f"- **In the pipelines**: {', '.join(pipelines)}"] if pipelines else ["- **In the pipelines**: none"]
+    facts = [f"- **In the pipelines**: {', '.join(pipelines) or 'none; on request'}"]
     options = [f"`{f.name} = {f.default!r}`" for f in fields(cls)]
     facts += [f"- **Options**: {', '.join(options)}"] if options else []
     if issubclass(cls, GraphPass):
         facts += [
             f"- **{what.title()}**: {', '.join(p)}" for what in ("requires", "ensures") if (p := getattr(cls, what))
         ]
+        facts += ["- **Looks at**: calibration data, and the plan for the user's target"] if cls.needs_data else []
     return "\n".join([f"## `{name}`", "", summary, "", items.rstrip(), *facts, ""])
 
 
@@ -59,4 +60,6 @@ def test_a_changed_docstring_an_option_and_a_pipeline_show() -> None:
     assert section("fold-gelu", changed) != section("fold-gelu", type(old))
     assert "`min_bytes = " in section("pin-small-embeddings", pass_class("pin-small-embeddings"))
     assert "- **In the pipelines**: `canonicalize`" in section("fold-gelu", type(old))
-    assert "- **In the pipelines**: none" in section("fold-nothing", type(old))
+    assert "- **Looks at**: " in section("scale-outliers", pass_class("scale-outliers"))
+    assert "- **Looks at**: " not in section("fold-gelu", type(old))
+    assert "- **In the pipelines**: none; on request" in section("fold-nothing", type(old))

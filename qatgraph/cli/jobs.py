@@ -48,13 +48,14 @@ def plan(
     from qatgraph.backends.qdq_onnx import write_atomically
     from qatgraph.job import load_job
     from qatgraph.rewriting.registry import parse_passes
-    from qatgraph.runner import make_plan, set_up, threads
+    from qatgraph.runner import canonicalize, make_plan, set_up, threads
 
     found = load_job(job)
     if target is not None:
         found = found.model_copy(update={"target": _target(target)})
     with busy(f"capture and plan {job}"), threads(found.threads):
-        made = make_plan(found, job, set_up(found, job, found.seeds[0]), parse_passes(passes or []))
+        extra = parse_passes(passes or [])
+        made = make_plan(found, job, canonicalize(found, job, set_up(found, job, found.seeds[0]), extra), extra)
     if output is not None:
         write_atomically(output, made.to_json().encode())
     print(made.to_json() if as_json else str(made), end="")

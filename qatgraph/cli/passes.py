@@ -71,15 +71,15 @@ def opt(
     """
     from qatgraph.rewriting.manager import PassManager
     from qatgraph.rewriting.pipeline import Pipeline
-    from qatgraph.sources import load_graph
+    from qatgraph.sources import load
 
     steps = Pipeline.parse(pipeline)
     for named in (explain, "" if print_after in ("", "all", "changed") else print_after):
         if named:
             _check_step(steps, named)
     with busy(f"capture {model}") as say:
-        graph = load_graph(model)
-        manager = PassManager(steps.steps, leaves=graph.stage)
+        graph, evidence = load(model)
+        manager = PassManager(steps.steps, leaves=graph.stage, evidence=evidence)
 
         def watch(report: PassReport) -> None:
             _watch(len(manager.reports) - 1, report, print_after, dump, as_json)
@@ -124,18 +124,18 @@ def bisect(
     from qatgraph.rewriting.bisect import bisect as search
     from qatgraph.rewriting.bisect import numbers_differ
     from qatgraph.rewriting.pipeline import Pipeline
-    from qatgraph.sources import load_graph
+    from qatgraph.sources import load
 
     steps = Pipeline.parse(pipeline)
     with busy(f"capture {model}") as say:
-        graph = load_graph(model)
+        graph, evidence = load(model)
         if script:
             file, _, name = script.rpartition(":")
             bad = factory(Path(file), f"{Path(file).name}:{name}", "predicate")
         else:
             bad = numbers_differ(graph)
         say("search: the pipeline runs again and again")
-        found = search(graph, steps, bad)
+        found = search(graph, steps, bad, evidence)
     print(json.dumps(asdict(found), indent=1) if as_json else str(found))
 
 

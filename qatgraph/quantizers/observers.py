@@ -62,10 +62,10 @@ class MSE(MinMax):
 
     Counts lie in ``2 * BINS`` equal bins over ``[-reach, reach)``, where the reach is a power of two; a value outside
     doubles the reach and merges neighbouring bins, which is exact. Zeros are not counted: they lie on every grid.
-    The search goes over both ends: first coarse, then around the best.
+    The search goes over the two ends in turn: first coarse, then around the best.
     """
 
-    BINS = 4096
+    BINS = 2048
     CHUNK = 2**22  # values binned at a time
     counts: torch.Tensor
     reach: torch.Tensor
@@ -102,18 +102,18 @@ class MSE(MinMax):
         centers = (torch.arange(2 * self.BINS, dtype=torch.float64) - self.BINS + 0.5) * width
         used = self.counts.cpu() > 0
         centers, counts = centers[used], self.counts.cpu()[used]
-        best_low, best_high, step = 1.0, 1.0, 0.05
+        low, high, step = 1.0, 1.0, 0.05  # shares of the range that was seen
+        fixed = spec.scheme is Scheme.SYMMETRIC or float(self.low) >= 0
         for _ in range(3):
             offsets = torch.arange(-10, 11, dtype=torch.float64) * step
-            lows = torch.unique((best_low + offsets).clamp(0.05, 1.0))
-            highs = torch.unique((best_high + offsets).clamp(0.05, 1.0))
-            if spec.scheme is Scheme.SYMMETRIC or float(self.low) >= 0:
-                lows = torch.ones(1, dtype=torch.float64)
-            errors = self._errors(lows, highs, centers, counts, spec)
-            best = int(errors.argmin())
-            best_low, best_high = float(lows[best // len(highs)]), float(highs[best % len(highs)])
+            for _ in range(1 if fixed else 2):  # one end after the other, and once more
+                if not fixed:
+                    lows = torch.unique((low + offsets).clamp(0.05, 1.0))
+                    low = float(lows[self._errors(lows, torch.full_like(lows, high), centers, counts, spec).argmin()])
+                highs = torch.unique((high + offsets).clamp(0.05, 1.0))
+                high = float(highs[self._errors(torch.full_like(highs, low), highs, centers, counts, spec).argmin()])
             step /= 5
-        return self._ends(torch.tensor(best_low), torch.tensor(best_high), spec)
+        return self._ends(torch.tensor(low), torch.tensor(high), spec)
 
     def _ends(self, low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         if spec.scheme is Scheme.SYMMETRIC:
@@ -122,15 +122,12 @@ class MSE(MinMax):
         return (self.low.to(low) * low).float(), (self.high.to(high) * high).float()
 
     def _errors(
-        self, lows: torch.Tensor, highs: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, spec: QuantSpec
+        self, low: torch.Tensor, high: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, spec: QuantSpec
     ) -> torch.Tensor:
-        errors = []
-        for low in lows:
-            ends = self._ends(low.expand(len(highs)), highs, spec)
-            scale, zero = (t.double()[:, None] for t in range_grid(*ends, spec))
-            q = (torch.round(x / scale) + zero).clamp(spec.qmin, spec.qmax)
-            errors.append(((((q - zero) * scale) - x) ** 2 * counts).sum(1))
-        return torch.cat(errors)
+        """The squared error of each range."""
+        scale, zero = (t.double()[:, None] for t in range_grid(*self._ends(low, high, spec), spec))
+        q = (x / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
+        return q.sub_(zero).mul_(scale).sub_(x).square_() @ counts
 
 
 OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSE}

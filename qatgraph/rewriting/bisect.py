@@ -10,6 +10,7 @@ from qatgraph.ir.graph import Graph
 from qatgraph.ir.properties import held
 from qatgraph.rewriting.contracts import outputs_differ
 from qatgraph.rewriting.edit import Allowance
+from qatgraph.rewriting.evidence import Evidence
 from qatgraph.rewriting.manager import PassManager, text_diff
 from qatgraph.rewriting.pipeline import Pipeline
 
@@ -36,7 +37,7 @@ class Culprit:
         return "\n".join(filter(None, [f"'{self.pass_name}': {where} {of}", self.error, self.diff]))
 
 
-def bisect(graph: Graph, pipeline: Pipeline, bad: Predicate | None = None) -> Culprit:
+def bisect(graph: Graph, pipeline: Pipeline, bad: Predicate | None = None, evidence: Evidence | None = None) -> Culprit:
     """The first pass, and within it the first rewrite, with which ``bad(graph after)`` holds.
 
     By default, a graph is bad if its outputs differ from those of ``graph``. Passes run unchecked. An error of a pass,
@@ -47,7 +48,7 @@ def bisect(graph: Graph, pipeline: Pipeline, bad: Predicate | None = None) -> Cu
         PassError: QG213 the pipeline cannot run in this order, QG214 bad already without any rewrite, or good with all.
     """
     pipeline.check_order(held(graph))
-    search = _Search(graph, pipeline, bad or numbers_differ(graph))
+    search = _Search(graph, pipeline, bad or numbers_differ(graph), evidence)
     whole = search.run(None)
     if not whole.bad:
         raise _nothing_to_find("the predicate does not hold after the whole pipeline", "nothing is to blame")
@@ -104,10 +105,13 @@ class _Search:
     graph: Graph
     pipeline: Pipeline
     predicate: Predicate
+    evidence: Evidence | None
 
     def run(self, limit: int | None) -> _Run:
         allowance = Allowance(limit)
-        manager = PassManager(self.pipeline.steps, leaves=self.graph.stage, checked=False, allowance=allowance)
+        manager = PassManager(
+            self.pipeline.steps, self.graph.stage, checked=False, allowance=allowance, evidence=self.evidence
+        )
         try:
             after = manager.run(self.graph)
         except Exception as error:

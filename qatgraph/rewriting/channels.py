@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from qatgraph.ir.masks import Weight, weight_of
 from qatgraph.ir.meta import record
+from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
 
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
@@ -52,3 +54,26 @@ class Channels:
         if input is not None:
             parts = parts * input.reshape(self.groups, 1, -1, 1)
         return (parts.transpose(1, 2) if self.transposed else parts).reshape(weight.shape)
+
+
+def problem_of(layer: fx.Node, role: str) -> str:
+    """Why a weight or bias cannot be given other values; empty if it can."""
+    argument, where = attribute(layer, role), f"the {role} of '{record(layer).name}'"
+    if argument is None:
+        return ""
+    weight = weight_of(argument)
+    if weight is None:
+        return f"{where} is computed"
+    if not isinstance(weight.stored, torch.nn.Parameter):
+        return f"{where} is no parameter"
+    names = (n for n in layer.graph.find_nodes(op="get_attr") if (w := weight_of(n)) and w.stored is weight.stored)
+    readers = sum(len(n.users) for n in names)
+    return f"{where} is shared" if readers > 1 or len(weight.argument.users) > 1 else ""
+
+
+def replace_weight(layer: fx.Node, old: Weight, values: torch.Tensor, suffix: str, edit: Edit) -> None:
+    """Let a layer read a new parameter, named after the old one; a mask stays before it."""
+    values = values.detach().to(old.stored.dtype).requires_grad_(old.stored.requires_grad)
+    reader = layer if old.mask is None else old.argument
+    path = f"{str(old.parameter.target).removesuffix(f'/{suffix}')}/{suffix}"
+    edit.reread(reader, old.parameter, edit.parameter(path, values, at=reader))

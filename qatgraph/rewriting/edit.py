@@ -14,6 +14,7 @@ from qatgraph.errors import PassError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import NodeRecord, has_record, record, stamp, update, value_of, write
 from qatgraph.ops import BY_NAME, kind_of_target
+from qatgraph.rewriting.evidence import Evidence
 from qatgraph.rewriting.pattern import NearMiss, Refusal
 
 
@@ -42,12 +43,16 @@ class Allowance:
 class Edit:
     """Changes by one pass; ``at`` is the node in front of which new nodes are put.
 
-    What the pass has to say about nodes that it left alone is collected in ``refused`` and ``missed``.
+    What the pass has to say about nodes that it left alone is collected in ``refused`` and ``missed``. ``evidence`` is
+    there for a pass that says ``needs_data``.
     """
 
-    def __init__(self, graph: Graph, author: str, allowance: Allowance | None = None) -> None:
+    def __init__(
+        self, graph: Graph, author: str, allowance: Allowance | None = None, evidence: Evidence | None = None
+    ) -> None:
         self.graph, self.author = graph, author
         self.allowance = allowance or Allowance()
+        self.evidence = evidence or Evidence((), _unplanned)
         self.refused: list[Refusal] = []
         self.missed: list[NearMiss] = []
         self.changes = 0  # replaced, removed, grouped or renamed
@@ -205,3 +210,7 @@ def _has(module: torch.nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _unplanned(graph: Graph) -> Any:
+    raise NotImplementedError("a pass that wants a plan says needs_data = True")

@@ -26,6 +26,7 @@ from qatgraph.rewriting.contracts import (
     fingerprints,
 )
 from qatgraph.rewriting.edit import Allowance, Edit
+from qatgraph.rewriting.evidence import Evidence
 from qatgraph.rewriting.passes import GraphPass, Pass, RewritePass
 from qatgraph.rewriting.pattern import NearMiss, Refusal
 from qatgraph.rewriting.pipeline import Pipeline
@@ -70,7 +71,8 @@ class PassManager:
     """``PassManager(passes).run(graph)`` returns a new graph at stage ``leaves``; ``reports`` tell the rest.
 
     Structure is verified after each pass. ``checked`` also runs the graph before and after each pass that changed it.
-    ``allowance`` limits the rewrites (bisection); ``watch`` is called with each report as it is made.
+    ``allowance`` limits the rewrites (bisection); ``watch`` is called with each report as it is made. ``evidence`` is
+    for the passes that need data.
     """
 
     passes: Iterable[Pass]
@@ -79,10 +81,13 @@ class PassManager:
     allowance: Allowance = field(default_factory=Allowance)
     watch: Callable[[PassReport], None] = lambda report: None
     reports: list[PassReport] = field(default_factory=list)
+    evidence: Evidence | None = None
 
     def run(self, graph: Graph) -> Graph:
         pipeline = Pipeline(tuple(self.passes))
         pipeline.check_order(held(graph))
+        if self.evidence is None:
+            pipeline.check_data()
         verify_structure(graph.module, graph.stage, "what came before")
         graph = graph.clone()
         state = _State.of(graph, fingerprints(graph, deep=self.checked))
@@ -96,7 +101,7 @@ class PassManager:
 
     def _run_one(self, one: GraphPass, graph: Graph, before: _State) -> tuple[PassReport, _State]:
         start = time.perf_counter()
-        edit = Edit(graph, one.name, self.allowance)
+        edit = Edit(graph, one.name, self.allowance, self.evidence)
         try:
             self._apply(one, graph, edit)
             seconds = time.perf_counter() - start

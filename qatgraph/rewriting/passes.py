@@ -94,12 +94,14 @@ class GraphPass(Pass, ABC):
 
     ``stage`` is what it takes and leaves. ``requires`` and ``ensures`` name properties of graphs
     (``qatgraph.ir.properties``): a pipeline that does not ensure what a pass requires is refused before it runs.
+    ``needs_data``: it looks at calibration data and a plan, ``edit.evidence``.
     """
 
     stage: ClassVar[Stage] = Stage.CAPTURED
     requires: ClassVar[tuple[str, ...]] = ()
     ensures: ClassVar[tuple[str, ...]] = ()
     numerics: ClassVar[Numerics] = same
+    needs_data: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -81,6 +81,23 @@ class Pipeline:
                 raise _too_early(step, missing[0], self.graph_passes())
             held |= set(step.ensures)
 
+    def check_data(self) -> None:
+        """Refuse a pass that looks at calibration data, where there is none.
+
+        Raises:
+            PassError: QG218, naming the pass.
+        """
+        step = next((s for s in self.graph_passes() if s.needs_data), None)
+        if step is not None:
+            raise PassError(
+                "QG218",
+                f"'{step.name}' looks at calibration data, and there is none here",
+                where=f"'{step.name}' in the pipeline",
+                why="it searches what it does by the error on real inputs",
+                todo="give it to canonicalize(graph, passes, data=batches), and plan and prepare what that returns; on "
+                "the command line, name a job",
+            )
+
 
 def _no_step(what: str, where: str, why: str, todo: str) -> PassError:
     return PassError("QG212", f"the pipeline has no step {what}", where=where, why=why, todo=todo)
