@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import qatgraph as qg
 from qatgraph.errors import PassError
-from qatgraph.ir.meta import record
+from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.stages import Stage
 from qatgraph.passes import BUILTIN
 from qatgraph.rewriting.edit import Edit
@@ -544,3 +545,25 @@ def test_a_clone_shares_parameters_and_no_structure(toy: qg.Graph) -> None:
 def test_same_and_within_print_as_they_are_written() -> None:
     values: list[Any] = [same, within(1e-6)]
     assert [str(v) for v in values] == ["same", "within(1e-06)"]
+
+
+# ---------------------------------------------------------------- sizes that move
+
+
+def fixes_a_size() -> bool:
+    """A new operation that only fits the example: is the batch, which other graphs share, free afterwards?"""
+    graph = qg.capture(nn.Linear(4, 4), floats(2, 4), {"input": {0: "batch"}})
+    node = graph.node("Linear:linear")
+    env = value_of(node).fake_mode.shape_env
+    before = dict(env.replacements), dict(env.var_to_range)
+    Edit(graph, "a test").operator(torch.ops.aten.add.Tensor, node, torch.ones(2, 4), at=node.next, near=node)
+    return (env.replacements, env.var_to_range) != before
+
+
+def test_a_new_operation_fixes_no_size_of_the_model() -> None:
+    assert not fixes_a_size()
+
+
+def test_an_edit_that_lets_sizes_be_fixed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatgraph.rewriting.edit._sizes_kept", lambda env: contextlib.nullcontext())
+    assert fixes_a_size()

@@ -196,12 +196,27 @@ class Edit:
         if node.op == "call_module":  # our modules (fake quantizer, dropout) keep shape and dtype
             return value_of(node.args[0])  # type: ignore[arg-type]
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-        fake = getattr(value_of(at), "fake_mode", None)
+        modes = (getattr(value, "fake_mode", None) for value in (value_of(at), *args))
+        fake = next((mode for mode in modes if mode is not None), None)
         if fake is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        with fake:
+        with fake, _sizes_kept(fake.shape_env):
             fakes = [fake.from_tensor(a, static_shapes=True) if type(a) is torch.Tensor else a for a in args]
             return node.target(*fakes, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _sizes_kept(env: Any) -> Iterator[None]:
+    """What an operation asks of a size must not fix that size: all graphs of the model share its symbols."""
+    kept = [(facts, dict(facts)) for facts in (env.replacements, env.var_to_range)] if env is not None else []
+    try:
+        yield
+    finally:
+        for facts, before in kept:
+            if facts != before:
+                facts.clear()
+                facts.update(before)
+                env._update_version_counter()  # what torch remembered of them is void
 
 
 def _has(module: torch.nn.Module, path: str) -> bool:
