@@ -67,6 +67,18 @@ class Used(Encoder):
         return super().forward(input_ids, attention_mask)
 
 
+class Attending(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value)
+
+
+def test_one_tensor_at_several_inputs_is_as_many_inputs() -> None:
+    x = torch.randn(2, 4, 8)
+    graph = qg.capture(Attending(), (x, x, x))
+    apart = tuple(torch.randn(2, 4, 8) for _ in range(3))
+    assert torch.equal(graph(*apart), Attending()(*apart))
+
+
 def test_the_users_model_is_never_touched() -> None:
     met: list[Tensor] = []
     model, batch = Used(met.append), padded(2, 6)

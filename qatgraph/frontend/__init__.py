@@ -12,6 +12,7 @@ from qatgraph.errors import CaptureError
 from qatgraph.frontend.functional import functional_program
 from qatgraph.frontend.inputs import (
     DynamicShapes,
+    apart,
     avoid_ones,
     dimensions,
     dimensions_of,
@@ -94,7 +95,7 @@ def _from_module(model: torch.nn.Module, inputs: Batch | None, dynamic_shapes: D
     args, kwargs = positional_first(model, *bind(inputs))
     names = leaf_names(args, kwargs, model)
     dims = dimensions(dynamic_shapes, names, (args, kwargs))
-    args, kwargs = avoid_ones((args, kwargs), dims)
+    args, kwargs = apart(avoid_ones((args, kwargs), dims))
     program, notes = functional_program(_export(model, args, kwargs, dims))
     return _Captured(program, root, names, args, kwargs, dims, tensors, notes)
 

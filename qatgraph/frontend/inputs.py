@@ -132,6 +132,17 @@ def avoid_ones(batch: Any, dims: tuple[DimInfo, ...]) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
+def apart(batch: Any) -> Any:
+    """One tensor given as two inputs, as in ``attention(x, x, x)``, would be captured as one input: a copy for each."""
+    leaves, spec = pytree.tree_flatten(batch)
+    seen: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            leaves[i] = leaf.clone()
+        seen.add(id(leaf))
+    return pytree.tree_unflatten(leaves, spec)
+
+
 def output_names_of(spec: pytree.TreeSpec, wanted: tuple[str, ...] | None, inputs: tuple[str, ...]) -> tuple[str, ...]:
     """One name a leaf of the output: the wanted ones, or the keys that lead to it."""
     count = spec.num_leaves
