@@ -62,7 +62,7 @@ def test_the_file_defines_a_rewrite_and_a_planning_pass(passes: list[Pass]) -> N
     rewrite, planning = passes
     assert isinstance(rewrite, RewritePass)
     assert isinstance(planning, PlanningPass)
-    assert [str(p) for p in passes] == ["merge-factors", "pin-first-linear"]
+    assert [p.name for p in passes] == ["merge-factors", "pin-first-linear"]
 
 
 class Scaled(nn.Module):

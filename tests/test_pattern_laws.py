@@ -272,6 +272,16 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "an Alt of nothing": (Op("relu", Alt()), "it has no options", "Alt(options=())"),
     "a Group of nothing": (Group(), "it has no options", "Group(roots=())"),
     "a Group of values": (Group(Op("relu", X), VALUE), "it ends in no operation", "Group("),
+    "one name for an operation and a weight": (
+        Op("add", Op("relu", X, name="y"), Const("y")), "'y' cannot be all that bears this name", "Op(kind='add'"),
+    "one name for a value and a number": (
+        Op("add", X, Number(name="x")), "'x' cannot be all that bears this name", "Op(kind='add'"),
+    "one name for two numbers": (
+        Op("clamp", X, Number(0.0, "n"), Number(6.0, "n")), "'n' cannot be all that bears this name", "Op(kind='cl"),
+    "one name for two kinds": (
+        Op("add", Op("relu", X, name="y"), Op("tanh", X, name="y")), "'y' cannot be all that bears this name", "Op("),
+    "an operation that reads itself": (Op("relu", X, name="x"), "'x' cannot be all that bears this name", "Op("),
+    "a result that nobody reads": (Op("relu", X, users=0), "it wants 0 users", "Op(kind='relu'"),
     "a name for a pattern": (Op("relu", NAME), "it is no pattern", "'x'"),
 }  # fmt: skip
 
@@ -295,6 +305,9 @@ FINE: list[Pattern] = [
     Op("getitem", X, where={"anything": 0}),
     Op(kind_of_target(str(QUANTIZE)), X),
     Alt(Op("relu", X), Group(Op("tanh", X))),
+    Op("add", Alt(Op("relu", X, name="y"), Op("tanh", X, name="y")), Number()),
+    Op("add", Op("relu", X, name="y"), Op("relu|tanh", X, name="y")),
+    Op("add", X, Op("relu", Y, name="x")),
     Group(Op("relu", X), Op("tanh", X)),
 ]
 

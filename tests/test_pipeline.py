@@ -40,6 +40,7 @@ class First(qg.PlanningPass):
 @dataclass(frozen=True)
 class Second(First):
     name = "pin-little"
+    most: int = 0
 """
 
 Change = Callable[[Pipeline], Pipeline]
@@ -132,6 +133,21 @@ def test_a_file_stands_for_the_passes_that_it_defines(tmp_path: Path) -> None:
     file.write_text(FILE, encoding="utf-8")
     pipeline = parsed(f"fold-gelu,{file},plan")
     assert names(pipeline) == ["fold-gelu", "pin-nothing", "pin-little", *PLANNING]
+
+
+def test_the_text_of_passes_of_files_round_trips_with_their_options(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FILE, encoding="utf-8")
+    pipeline = parsed(f"fold-gelu,{file}:pin-little{{most=3}},{file}")
+    assert str(pipeline) == f"fold-gelu,{file}:pin-little{{most=3}},{file}:pin-nothing,{file}:pin-little"
+    assert parsed(str(pipeline)) == pipeline
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    for name in ("pin-nothing", "pin-everything"):
+        file.write_text(FILE.replace("pin-nothing", name), encoding="utf-8")
+        assert names(parsed(str(file)))[0] == name
 
 
 def test_only_the_passes_that_change_the_graph_run() -> None:

@@ -94,6 +94,17 @@ def test_operands_that_do_not_commute_keep_their_order() -> None:
     assert matches(Op("div", Op("tanh", Y), Op("relu", X)), graph) == []
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(torch.relu(x), torch.tanh(x), alpha=2)
+
+
+def test_operands_of_a_scaled_add_keep_their_order() -> None:
+    graph = qg.capture(Scaled(), floats(2, 4))
+    assert matches(Op("add", Op("relu", X), Op("tanh", Y)), graph) == ["Scaled:add"]
+    assert matches(Op("add", Op("tanh", Y), Op("relu", X)), graph) == []
+
+
 def test_a_match_binds_names_to_nodes(toy: qg.Graph) -> None:
     pattern = Op("add", Y, Op("linear", X, W, name="fc"), name="sum")
     found = match(pattern, toy.node("Toy:add"))
@@ -194,6 +205,17 @@ def test_a_refusal_is_reported_with_its_reason(toy: qg.Graph) -> None:
     after, manager = apply(Picky(), toy)
     assert str(after) == str(toy)
     assert manager.reports[0].refused == (Refusal("Toy:relu", "tests come first"),)
+
+
+@pytest.mark.parametrize("answer", [False, "tests come first"])
+def test_qg206_a_check_that_answers_neither_nothing_nor_a_refusal(toy: qg.Graph, answer: Any) -> None:
+    class Talking(Honest):
+        def check(self, match: Match) -> Refusal | None:
+            return answer  # type: ignore[no-any-return]
+
+    error = refusal(Talking(), toy)
+    assert (error.code, error.where) == ("QG206", "Talking.check")
+    assert repr(answer) in error.what
 
 
 def test_qg204_a_rewrite_without_end(toy: qg.Graph) -> None:
@@ -442,6 +464,8 @@ def test_qg201_a_file_that_is_not_there(tmp_path: Path) -> None:
         "pin-small-embeddings{1000}",
         "pin-small-embeddings{min_bytes='1000'}",
         "fold-gelu{eps=1}",
+        "pin-small-embeddings{min_bytes=1,min_bytes=2}",
+        "pin-small-embeddings{**{'min_bytes': 1}}",
     ],
 )
 def test_qg202_options_that_the_pass_does_not_take(text: str) -> None:
@@ -475,7 +499,7 @@ def write(folder: Path, text: str, name: str = "mine.py") -> Path:
 
 def test_passes_come_from_names_and_files(tmp_path: Path) -> None:
     passes = parse_passes([str(write(tmp_path, GOOD)), "fold-gelu"])
-    assert [str(p) for p in passes] == ["mine", "fold-gelu"]
+    assert [p.name for p in passes] == ["mine", "fold-gelu"]
 
 
 def test_two_files_of_one_name_are_two_files(tmp_path: Path) -> None:
@@ -522,6 +546,14 @@ def test_edit_names_what_it_makes(toy: qg.Graph) -> None:
     assert record(new).name == "Toy:relu#2"
     assert record(new).history == ("me",)
     assert new.meta["val"].shape == (2, 4)
+
+
+def test_a_new_parameter_takes_no_path_of_other_values_and_keeps_what_is_tied(toy: qg.Graph) -> None:
+    graph = toy.clone()
+    relu = graph.node("Toy:relu")
+    made = [Edit(graph, "me").parameter("fc.weight/folded", torch.full((4,), v), relu) for v in (1.0, 2.0, 1.0)]
+    assert [n.target for n in made] == ["fc.weight/folded", "fc.weight/folded#2", "fc.weight/folded"]
+    assert [graph.parameter(n).tolist()[0] for n in made] == [1.0, 2.0, 1.0]  # type: ignore[union-attr]
 
 
 def test_edit_group_and_rename_keep_the_arithmetic(toy: qg.Graph) -> None:

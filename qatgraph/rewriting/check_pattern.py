@@ -10,7 +10,8 @@ import torch
 from qatgraph.errors import PassError, nearest
 from qatgraph.ops import BY_NAME, REFINED
 from qatgraph.rewriting.matcher import is_operand
-from qatgraph.rewriting.pattern import Alt, Group, Op, Pattern
+from qatgraph.rewriting.pattern import Alt, Group, Number, Op, Opt, Pattern
+from qatgraph.rewriting.pattern import Any as AnyValue
 
 WITHOUT_SCHEMA = ("getitem", "sym_size", "dropout", "fake_quantize")  # Python functions, and modules of our own
 
@@ -21,6 +22,7 @@ def check_pattern(pattern: Pattern, owner: str) -> None:
     What is written as code is left to its first use: its operations exist, since they are captured.
     """
     _check_parts(pattern, owner)
+    _check_names(pattern, owner)
     if not _ends_in_operations(pattern):
         raise _nothing(owner, pattern, "it ends in no operation", "put an Op, or an Alt or Group of Ops, at the root")
 
@@ -36,6 +38,29 @@ def _check_parts(pattern: Pattern, owner: str) -> None:
         _check_op(pattern, owner)
 
 
+def _check_names(pattern: Pattern, owner: str) -> dict[str, Pattern]:
+    """What each name stands for in every match: one value. An option, which a match may leave out, decides nothing."""
+    own = getattr(pattern, "name", "")
+    found = {own: pattern} if own else {}
+    for part in pattern.parts():
+        inner = _check_names(part, owner)
+        for name, other in {} if isinstance(pattern, (Alt, Opt)) else inner.items():
+            if name == own or not _may_be_one(found.get(name, other), other):
+                raise _nothing(owner, pattern, f"'{name}' cannot be all that bears this name", "name each by itself")
+            found[name] = other if isinstance(found.get(name), AnyValue) else found.get(name, other)
+    return found
+
+
+def _may_be_one(one: Pattern, other: Pattern) -> bool:
+    if isinstance(one, Op) and isinstance(other, Op):
+        bases = [{REFINED.get(kind, kind) for kind in op.kinds} for op in (one, other)]
+        return bool(bases[0] & bases[1])
+    if isinstance(one, Number) and isinstance(other, Number):
+        return None in (one.value, other.value) or one.value == other.value
+    kinds = {type(one), type(other)}
+    return len(kinds) == 1 or (AnyValue in kinds and Number not in kinds)
+
+
 def _ends_in_operations(pattern: Pattern) -> bool:
     if isinstance(pattern, Alt):
         return all(map(_ends_in_operations, pattern.options))
@@ -49,6 +74,8 @@ def _is_code(pattern: Pattern) -> bool:
 
 
 def _check_op(op: Op, owner: str) -> None:
+    if op.users is not None and op.users < 1:
+        raise _nothing(owner, op, f"it wants {op.users} users", "a result that nobody reads is gone: want 1, or more")
     overloads = {kind: _overloads(kind) for kind in op.kinds}
     unknown = next((kind for kind, found in overloads.items() if not found), None)
     if unknown is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,11 +122,17 @@ class Edit:
     def parameter(self, path: str, tensor: torch.Tensor, at: fx.Node) -> fx.Node:
         """A new parameter at ``path`` (a folded one is named ``…weight/folded``) and the node that reads it.
 
-        It holds a copy of the values, and is frozen if what it was computed from is.
+        It holds a copy of the values, and is frozen if what it was computed from is. Where a parameter of other values
+        has the path, the new one is ``…weight/folded#2``; one of equal values is read again, so what was tied stays so.
         """
         holder, _, leaf = path.rpartition(".")
         values = tensor.detach().clone(memory_format=torch.contiguous_format)
         parameter = torch.nn.Parameter(values, requires_grad=tensor.requires_grad)
+        known = dict(self.graph.module.get_submodule(holder).named_parameters(recurse=False, remove_duplicate=False))
+        paths = (leaf if i == 1 else f"{leaf}#{i}" for i in itertools.count(1))
+        leaf = next(p for p in paths if p not in known or _equal(known[p], parameter))
+        parameter = known.get(leaf, parameter)
+        path = f"{holder}.{leaf}" if holder else leaf
         self.graph.module.get_submodule(holder).register_parameter(leaf, parameter)
         with self.graph.module.graph.inserting_before(at):
             node = self.graph.module.graph.get_attr(path)
@@ -217,6 +224,11 @@ def _sizes_kept(env: Any) -> Iterator[None]:
                 facts.clear()
                 facts.update(before)
                 env._update_version_counter()  # what torch remembered of them is void
+
+
+def _equal(one: torch.nn.Parameter, other: torch.nn.Parameter) -> bool:
+    same = one.requires_grad == other.requires_grad and one.dtype == other.dtype
+    return same and torch.equal(one, other)
 
 
 def _has(module: torch.nn.Module, path: str) -> bool:

@@ -157,7 +157,8 @@ def _orders(pattern: Op, node: fx.Node) -> list[tuple[Anything, ...]]:
     have = tuple(given[:wanted]) + (_ABSENT,) * (wanted - len(given))
     kind = record(node).kind
     known = BY_NAME.get(REFINED.get(kind, kind))
-    return [have, have[::-1]] if known is not None and known.commutes and wanted == 2 else [have]
+    scaled = attribute(node, "alpha") not in (None, 1)  # ``x + alpha * y`` does not commute
+    return [have, have[::-1]] if known is not None and known.commutes and wanted == 2 and not scaled else [have]
 
 
 def _moved(pattern: Moved, value: Anything, state: State, trail: Trail) -> Iterator[State]:

@@ -52,13 +52,18 @@ def changes_grid(eps: float, *roles: str) -> Numerics:
 
 @dataclass(frozen=True)
 class Pass:
-    """What every pass has: a name with its verb first, and text that round-trips its options."""
+    """What every pass has: a name with its verb first, and text that round-trips its options.
+
+    ``file`` is the file of passes that it was read from, which stands in front of its name.
+    """
 
     name: ClassVar[str]
+    file: ClassVar[str] = ""
 
     def __str__(self) -> str:
+        name = f"{self.file}:{self.name}" if self.file else self.name
         options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+        return f"{name}{{{','.join(options)}}}" if options else name
 
     @classmethod
     def summary(cls) -> str:
@@ -161,7 +166,7 @@ class RewritePass(GraphPass):
                 edit.missed.append(found)
             elif found.nodes in done:
                 continue
-            elif (refusal := self.check(found)) is not None:
+            elif (refusal := self._checked(found)) is not None:
                 edit.refused.append(refusal)
             else:
                 edit.allowance.spend(self.name, record(node).name)
@@ -169,6 +174,18 @@ class RewritePass(GraphPass):
                 self._rewrite_one(found, edit)
                 if len(done) > self.budget:
                     raise self._endless()
+
+    def _checked(self, found: Match) -> Refusal | None:
+        refusal = self.check(found)
+        if refusal is None or isinstance(refusal, Refusal):
+            return refusal
+        raise PassError(
+            "QG206",
+            f"the check of '{self.name}' returns {refusal!r}",
+            where=f"{type(self).__name__}.check",
+            why="that is neither None, to rewrite, nor a refusal with its reason",
+            todo="return match.refuse(reason), or nothing",
+        )
 
     def _rewrite_one(self, found: Match, edit: Edit) -> None:
         with edit.within(found.nodes):
@@ -207,9 +224,10 @@ def parse_options(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest.removesuffix('}')})", mode="eval").body
         if not isinstance(call, ast.Call):
             raise ValueError("what stands in braces is no list of options")
-        if call.args:
-            raise ValueError("an option has no name")
-        return name, {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        names = [k.arg for k in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
+            raise ValueError("an option is given twice" if len(set(names)) < len(names) else "an option has no name")
+        return name, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise PassError(
             "QG202",

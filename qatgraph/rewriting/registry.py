@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import get_type_hints
@@ -82,9 +83,10 @@ def _loaded(point: EntryPoint) -> type[Pass]:
 
 
 def make_pass(text: str) -> Pass:
-    """``fold-gelu`` or ``pin-small-embeddings{min_bytes=1000}`` -> a pass."""
+    """``fold-gelu``, ``pin-small-embeddings{min_bytes=1000}`` or ``mine.py:fold-it{rate=2}`` -> a pass."""
     name, options = parse_options(text)
-    cls = pass_class(name)
+    file, colon, own = name.rpartition(":")
+    cls = _class_of_file(Path(file), own) if colon else pass_class(name)
     known = [f.name for f in fields(cls)]
     unknown = next((o for o in options if o not in known), None)
     if unknown is not None:
@@ -109,8 +111,27 @@ def _bad_options(name: str, text: str, why: str) -> PassError:
 
 def passes_from_file(path: Path) -> list[Pass]:
     """Every pass class that a Python file defines, in order of definition, with default options."""
+    return [_instance(cls, path) for cls in _classes_of_file(path)]
+
+
+def _class_of_file(path: Path, name: str) -> type[Pass]:
+    known = {str(getattr(cls, "name", "")): cls for cls in _classes_of_file(path)}
+    if name not in known:
+        near = nearest(name, known)
+        why = f"did you mean {near}?" if near else f"it defines {', '.join(known)}"
+        raise PassError("QG201", f"'{path.name}' defines no pass '{name}'", where=str(path), why=why, todo="name one")
+    return known[name]
+
+
+def _classes_of_file(path: Path) -> list[type[Pass]]:
     if not path.is_file():
         raise PassError("QG201", f"there is no file of passes '{path}'", where="--passes", todo="check the path")
+    return _defined(path, path.read_bytes())
+
+
+@cache
+def _defined(path: Path, content: bytes) -> list[type[Pass]]:
+    """One text of a file is run once: its passes, read again, are the same values."""
     spec = importlib.util.spec_from_file_location(f"qatgraph_user_passes_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -125,7 +146,9 @@ def passes_from_file(path: Path) -> list[Pass]:
     if not classes:
         why = "no subclass of qatgraph.RewritePass or qatgraph.PlanningPass was found in it"
         raise _bad_file(path, f"'{path.name}' defines no pass", why)
-    return [_instance(cls, path) for cls in classes]
+    for cls in classes:
+        cls.file = str(path)
+    return classes
 
 
 def _instance(cls: type[Pass], path: Path) -> Pass:
