@@ -37,9 +37,13 @@ class CaptureError(QatgraphError):
 
 
 class PassError(QatgraphError):
-    """QG2xx: a pass is unknown, broke its contract, or failed; ``diff`` is then what it did to the graph's text."""
+    """QG2xx: a pass is unknown, broke its contract, or failed.
+
+    ``after`` is then the graph's text that it left, and ``diff`` what it changed.
+    """
 
     diff: str = ""
+    after: str = ""
 
 
 class PlanError(QatgraphError):

@@ -224,7 +224,9 @@ def another_module(graph: Graph, edit: Edit) -> None:
 
 def test_a_call_of_another_module_which_no_text_shows_is_a_change() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.1))
-    manager = PassManager([by_hand(nothing), by_hand(another_module), by_hand(nothing)])
+    still, other = by_hand(nothing), by_hand(another_module)
+    type(other).name = "by-the-other-hand"
+    manager = PassManager([still, other, still])
     manager.run(qg.canonicalize(qg.capture(model, floats(2, 4))))
     assert [r.modified for r in manager.reports] == [False, True, False]
     assert manager.reports[1].diff() == ""

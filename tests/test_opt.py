@@ -273,11 +273,16 @@ def test_dump_writes_text_and_diff_of_each_pass_the_same_each_time(folder: Path,
     assert one["01-fold-gelu.diff"].startswith(b"--- before fold-gelu\n+++ after fold-gelu\n")
 
 
-def test_what_ran_before_a_failure_is_dumped(folder: Path, tmp_path: Path, qatgraph: Run) -> None:
+def test_what_ran_before_a_failure_is_dumped_and_what_failed(folder: Path, tmp_path: Path, qatgraph: Run) -> None:
     words = ("-p", f"fold-addmm,{folder / 'wrong.py'},fold-gelu", "--dump", str(tmp_path))
     done = qatgraph("opt", source("function", folder), *words)
     assert done.code == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00-fold-addmm.diff", "00-fold-addmm.txt"]
+    stems = ("00-fold-addmm", "01-tanh-for-erf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{s}.{e}" for s in stems for e in ("diff", "txt")]
+    before, after = ((tmp_path / f"{stem}.txt").read_text() for stem in stems)
+    assert ("Net:erf = erf(Net:div)" in before, "Net:tanh#2 = tanh(Net:div)" in after) == (True, True)
+    assert "Net:erf" not in after
+    assert (tmp_path / "01-tanh-for-erf.diff").read_text() in done.err
 
 
 def test_qg504_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path, qatgraph: Run) -> None:

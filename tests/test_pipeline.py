@@ -15,6 +15,7 @@ from torch.nn import functional
 import qatgraph as qg
 from qatgraph.errors import PassError
 from qatgraph.ir.graph import Graph
+from qatgraph.ir.stages import Stage
 from qatgraph.passes import BUILTIN, CANONICALIZE, PIPELINES, PLANNING
 from qatgraph.rewriting import registry
 from qatgraph.rewriting.edit import Edit
@@ -272,7 +273,38 @@ def test_the_built_in_pipelines_stand_in_an_order_that_holds() -> None:
     assert CANONICALIZE[0] == "functionalize-in-place"
 
 
+@dataclass(frozen=True)
+class OfQuantizers(Watched):
+    name = "of-quantizers"
+    stage = Stage.PREPARED
+
+
+def test_qg213_a_pass_that_takes_a_graph_of_another_stage_is_refused_before_anything_runs() -> None:
+    Watched.ran = False
+    for run in (PassManager([OfQuantizers()]).run, lambda graph: qg.bisect(graph, Pipeline((OfQuantizers(),)))):
+        with pytest.raises(PassError, match="QG213") as caught:
+            run(captured("mlp"))
+        assert caught.value.what == ("'of-quantizers' takes a graph at the stage prepared, and this one is at captured")
+    assert not OfQuantizers.ran
+
+
 # ---------------------------------------------------------------- names and options that are wrong
+
+
+def test_qg205_a_pass_without_a_name() -> None:
+    unnamed = type("Unnamed", (GraphPass,), {"apply": Watched.apply, "__module__": __name__})
+    with pytest.raises(PassError, match="QG205: the pass 'Unnamed' has no name"):
+        Pipeline((unnamed(),))
+
+
+def test_qg215_two_passes_of_one_name_are_both_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.replace("pin-little", "pin-softmax"), encoding="utf-8")
+    with pytest.raises(PassError, match="QG215: two passes of the pipeline have the name 'pin-softmax'") as caught:
+        parsed(f"plan,{file}")
+    assert caught.value.why == f"one comes from qatgraph.passes.pin_softmax.PinSoftmax and one from {file}"
+    assert names(parsed("fold-gelu,fold-gelu")) == ["fold-gelu"] * 2
+
 
 WRONG: dict[str, tuple[str, str]] = {
     "fold-gellu": ("QG201", "did you mean 'fold-gelu'?"),

@@ -91,6 +91,9 @@ def opt(
         except PassError as error:
             if error.diff:
                 print(error.diff, file=sys.stderr)
+            if dump is not None and error.after:
+                number = len(manager.reports)
+                _dump(dump, f"{number:02d}-{steps.graph_passes()[number].name}", error.after, error.diff)
             raise
     if as_json:
         print(json.dumps([r.as_json() for r in manager.reports], indent=1))
@@ -160,10 +163,10 @@ def _watch(number: int, report: PassReport, print_after: str, dump: Path | None,
         shown = report.diff() if print_after == "changed" else report.after
         print(f"-- after {report.name}\n{shown}", flush=True, file=sys.stderr if as_json else sys.stdout)
     if dump is not None:
-        _dump(dump, f"{number:02d}-{report.name}", report)
+        _dump(dump, f"{number:02d}-{report.name}", report.after, report.diff())
 
 
-def _dump(folder: Path, stem: str, report: PassReport) -> None:
+def _dump(folder: Path, stem: str, after: str, diff: str) -> None:
     from qatgraph.backends.qdq_onnx import write_atomically
 
     try:
@@ -171,7 +174,7 @@ def _dump(folder: Path, stem: str, report: PassReport) -> None:
     except OSError as error:
         todo = "name a folder that can be written"
         raise LowerError("QG504", f"cannot write '{folder.name}'", where="--dump", why=str(error), todo=todo) from error
-    for suffix, text in (("txt", report.after), ("diff", report.diff())):
+    for suffix, text in (("txt", after), ("diff", diff)):
         write_atomically(folder / f"{stem}.{suffix}", text.encode())
 
 

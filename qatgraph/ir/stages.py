@@ -18,6 +18,9 @@ class Stage(StrEnum):
     QDQ = "qdq"
 
 
+FLOAT = frozenset({Stage.CAPTURED, Stage.CANONICAL})  # without quantizers: what takes one takes the other, too
+
+
 def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
     """Refuse a graph that is not what its stage says: broken links, lost names, foreign operators."""
     names: set[str] = set()

@@ -45,8 +45,9 @@ def bisect(graph: Graph, pipeline: Pipeline, bad: Predicate | None = None, evide
     method: LLVM's ``-opt-bisect-limit``.
 
     Raises:
-        PassError: QG213 the pipeline cannot run in this order, QG214 bad already without any rewrite, or good with all.
+        PassError: QG213 this order or graph is refused, QG214 bad already without any rewrite, or good with all.
     """
+    pipeline.check_stage(graph.stage)
     pipeline.check_order(held(graph))
     search = _Search(graph, pipeline, bad or numbers_differ(graph), evidence)
     whole = search.run(None)

@@ -85,6 +85,7 @@ class PassManager:
 
     def run(self, graph: Graph) -> Graph:
         pipeline = Pipeline(tuple(self.passes))
+        pipeline.check_stage(graph.stage)
         pipeline.check_order(held(graph))
         if self.evidence is None:
             pipeline.check_data()
@@ -113,7 +114,8 @@ class PassManager:
                     graph.module.recompile()
             answers = self._check(one, before, graph, modified)
         except PassError as error:
-            error.diff = error.diff or text_diff(one.name, before.form.text, _text(graph))
+            error.after = error.after or _text(graph)
+            error.diff = error.diff or text_diff(one.name, before.form.text, error.after)
             raise
         report = PassReport(
             one.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qatgraph.errors import PassError, nearest
 from qatgraph.ir.properties import PROPERTIES
+from qatgraph.ir.stages import FLOAT, Stage
 from qatgraph.rewriting.passes import GraphPass, Pass
 from qatgraph.rewriting.registry import parse_passes, pipeline_named
 
@@ -21,6 +22,15 @@ class Pipeline:
     """``Pipeline.parse("canonicalize,my.py")``: passes with options, files of passes, and pipelines, which expand."""
 
     steps: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        known: dict[str, type[Pass]] = {}
+        for step in self.steps:
+            cls = type(step)
+            if not isinstance(getattr(step, "name", None), str):
+                raise _unnamed(step)
+            if known.setdefault(step.name, cls) is not cls:
+                raise _two(known[step.name], cls)
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -68,6 +78,22 @@ class Pipeline:
     def move(self, name: str, *, before: str = "", after: str = "") -> Pipeline:
         return self.remove(name).insert(self.steps[self.index(name)], before=before, after=after)
 
+    def check_stage(self, stage: Stage) -> None:
+        """Refuse a pass that takes another kind of graph: one with quantizers, or one without.
+
+        Raises:
+            PassError: QG213, naming the pass and both stages.
+        """
+        for step in self.graph_passes():
+            if step.stage is not stage and not {step.stage, stage} <= FLOAT:
+                raise PassError(
+                    "QG213",
+                    f"'{step.name}' takes a graph at the stage {step.stage}, and this one is at {stage}",
+                    where=f"'{step.name}' in the pipeline",
+                    why="no pass of a pipeline leads from one stage to the other",
+                    todo="take the step out, or run it on a graph of its stage",
+                )
+
     def check_order(self, have: Iterable[str] = ()) -> None:
         """Refuse an order in which a pass comes before what it requires.
 
@@ -97,6 +123,24 @@ class Pipeline:
                 todo="give it to canonicalize(graph, passes, data=batches), and plan and prepare what that returns; on "
                 "the command line, name a job",
             )
+
+
+def _unnamed(step: object) -> PassError:
+    cls = type(step).__name__
+    why = "reports, pipelines and errors call a pass by its name"
+    todo = f"write name = 'verb-noun' in the body of {cls}"
+    return PassError("QG205", f"the pass '{cls}' has no name", where="pipeline", why=why, todo=todo)
+
+
+def _two(one: type[Pass], other: type[Pass]) -> PassError:
+    places = (cls.file or f"{cls.__module__}.{cls.__qualname__}" for cls in (one, other))
+    return PassError(
+        "QG215",
+        f"two passes of the pipeline have the name '{one.name}'",
+        where="pipeline",
+        why=f"one comes from {' and one from '.join(places)}",
+        todo="rename one of them, or put it in the place of the other with Pipeline.replace",
+    )
 
 
 def _no_step(what: str, where: str, why: str, todo: str) -> PassError:
