@@ -58,12 +58,11 @@ def canonicalize(
     from qatgraph.passes import CANONICALIZE
     from qatgraph.rewriting.evidence import Evidence
     from qatgraph.rewriting.manager import PassManager
-    from qatgraph.rewriting.passes import GraphPass
     from qatgraph.rewriting.registry import make_pass
 
     pipeline = [*(make_pass(p) for p in CANONICALIZE), *passes]
     evidence = None if data is None else Evidence(data, lambda g: decide(g, target, recipe), progress=True)
-    return PassManager([p for p in pipeline if isinstance(p, GraphPass)], evidence=evidence).run(graph)
+    return PassManager(pipeline, evidence=evidence).run(graph)
 
 
 def plan(
@@ -94,15 +93,15 @@ def decide(canonical: Graph, target: str | Target, recipe: str | Recipe, passes:
     from qatgraph.planning.build import PlanningContext, build_plan
     from qatgraph.planning.facts import facts_of
     from qatgraph.planning.recipe import load_recipe
+    from qatgraph.planning.stated import stated
     from qatgraph.planning.target import Target, load_target
-    from qatgraph.rewriting.passes import PlanningPass
     from qatgraph.rewriting.registry import make_pass
 
     table = target if isinstance(target, Target) else load_target(target)
     wish = load_recipe(recipe)
     context = PlanningContext(table, wish, facts_of(canonical))
     pipeline = [*(make_pass(p) for p in PLANNING), *passes]
-    constraints = [c for p in pipeline if isinstance(p, PlanningPass) for c in p.state(canonical, context)]
+    constraints = stated(pipeline, canonical, context)
     hashes = {
         "graph": canonical.structural_hash(),
         "weights": canonical.weights_hash(),

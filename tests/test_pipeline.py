@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from qatgraph.passes import BUILTIN, CANONICALIZE, PIPELINES, PLANNING
 from qatgraph.rewriting import registry
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.manager import PassManager
-from qatgraph.rewriting.passes import GraphPass, Pass
+from qatgraph.rewriting.passes import GraphPass, Pass, PlanningPass
 from qatgraph.rewriting.pipeline import Pipeline
 from qatgraph.rewriting.registry import make_pass
 from tests.models import captured, floats
@@ -295,6 +296,45 @@ def test_qg205_a_pass_without_a_name() -> None:
     unnamed = type("Unnamed", (GraphPass,), {"apply": Watched.apply, "__module__": __name__})
     with pytest.raises(PassError, match="QG205: the pass 'Unnamed' has no name"):
         Pipeline((unnamed(),))
+
+
+@pytest.mark.parametrize("step", ["fold-gelu", Watched])
+@pytest.mark.parametrize("verb", [qg.canonicalize, qg.plan])
+def test_qg205_what_is_no_pass(step: Any, verb: Callable[..., object]) -> None:
+    with pytest.raises(PassError, match="QG205") as caught:
+        verb(captured("mlp"), passes=[step])
+    assert caught.value.what == f"{step!r} is no pass"
+
+
+def raises() -> list[object]:
+    raise KeyError("x")
+
+
+STATED: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a name that is not there": (
+        lambda: [qg.pin("upp:linear", by="mine", why="")],
+        "QG219",
+        "did you mean 'up:linear'?",
+    ),
+    "nothing": (lambda: None, "QG206", "'NoneType' object is not iterable"),
+    "no constraint": (lambda: ["up:linear"], "QG206", "it states 'up:linear', which is no constraint"),
+    "an error": (raises, "QG206", "KeyError: 'x'"),
+}
+
+
+@pytest.mark.parametrize("fault", STATED)
+def test_a_planning_pass_that_states_what_cannot_be_is_named(fault: str) -> None:
+    make, code, why = STATED[fault]
+
+    class Stating(PlanningPass):
+        name = "stating"
+
+        def state(self, graph: Graph, context: Any) -> Any:
+            return make()
+
+    with pytest.raises(PassError, match=f"{code}: .*'stating'") as caught:
+        qg.plan(captured("mlp"), passes=[Stating()])
+    assert why in caught.value.why
 
 
 def test_qg215_two_passes_of_one_name_are_both_named(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class Pipeline:
         known: dict[str, type[Pass]] = {}
         for step in self.steps:
             cls = type(step)
+            if not isinstance(step, Pass):
+                raise _no_pass(step)
             if not isinstance(getattr(step, "name", None), str):
                 raise _unnamed(step)
             if known.setdefault(step.name, cls) is not cls:
@@ -123,6 +125,12 @@ class Pipeline:
                 todo="give it to canonicalize(graph, passes, data=batches), and plan and prepare what that returns; on "
                 "the command line, name a job",
             )
+
+
+def _no_pass(step: object) -> PassError:
+    what, why = f"{step!r} is no pass", f"it is a {type(step).__name__}"
+    todo = "give instances, or a text to Pipeline.parse"
+    return PassError("QG205", what, where="pipeline", why=why, todo=todo)
 
 
 def _unnamed(step: object) -> PassError:
