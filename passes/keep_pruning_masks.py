@@ -63,7 +63,7 @@ class KeepPruningMasks(RewritePass):
 
     def rewrite(self, match: Match, edit: Edit) -> None:
         layer, weight = match["layer"], _weight(match)
-        edit.reread(layer, weight.argument, _known(weight) or self._product(weight, layer, edit))
+        edit.reread(layer, weight.argument, _known(weight, layer) or self._product(weight, layer, edit))
 
     def _product(self, weight: Weight, layer: fx.Node, edit: Edit) -> fx.Node:
         ones = (weight.stored != 0).to(weight.stored.dtype)
@@ -76,8 +76,9 @@ def _weight(match: Match) -> Weight:
     return found
 
 
-def _known(weight: Weight) -> fx.Node | None:
-    """The masked weight that an earlier reader of the same tensor got."""
+def _known(weight: Weight, layer: fx.Node) -> fx.Node | None:
+    """The masked weight that an earlier reader of the same tensor got: a mask of the model's own may hide more."""
     reads = (n for n in weight.parameter.graph.nodes if n.op == "get_attr")
-    products = (masked(user) for n in reads for user in n.users)
-    return next((p.argument for p in products if p is not None and p.stored is weight.stored), None)
+    products = (masked(user) for n in reads for user in n.users if user < layer)
+    same = (p for p in products if p is not None and p.stored is weight.stored)
+    return next((p.argument for p in same if torch.equal(p.tensor, weight.tensor)), None)

@@ -72,6 +72,33 @@ def test_a_pruned_weight_is_read_through_its_mask(kind: str) -> None:
     assert torch.equal(graph(x), before(x))
 
 
+class Hidden(nn.Module):
+    """A weight full of zeros is read as it is, and through a mask of the model's own that hides more of it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.layer, self.first, self.mask = (
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            first,
+            nn.Buffer(torch.ones(WIDTH, WIDTH)),
+        )
+        with torch.no_grad():
+            self.layer.weight.flatten()[::2] = 0.0
+            self.mask[:, :5] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.layer(x) if self.first else 0.0
+        return nn.functional.linear(x, self.layer.weight * self.mask) + (plain if self.first else self.layer(x))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mask_of_the_models_own_is_no_stand_in(first: bool) -> None:
+    before = qg.capture(Hidden(first).eval(), X)
+    graph, _ = rewritten("keep-pruning-masks", before)
+    assert kinds(graph).count("mul") == 2
+    assert torch.equal(graph(X), before(X))
+
+
 def _tied() -> Graph:
     model = Layers(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), zeros="0.weight")
     model.row[1].weight = model.row[0].weight
