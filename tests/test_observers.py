@@ -210,3 +210,12 @@ def test_all_state_is_in_buffers(name: str) -> None:
     other.load_state_dict(one.state_dict())
     assert [float(v) for v in other.range(U8)] == [float(v) for v in one.range(U8)]
     assert [float(v) for v in OBSERVERS[name]().range(U8)] != [float(v) for v in one.range(U8)]
+
+
+@pytest.mark.parametrize("text", ["u8 affine per-tensor", "s8 symmetric per-tensor"])
+def test_mse_finds_a_range_far_inside_one_outlier(text: str) -> None:
+    """One end is searched far down too: of two million values one is 200, and most of its range is not worth it."""
+    spec, observer = QuantSpec.parse(text), MSE()
+    x = torch.cat([torch.randn(2 * 10**6, generator=torch.Generator().manual_seed(0)).abs(), torch.tensor([200.0])])
+    observer.observe(x)
+    assert float(observer.range(spec)[1]) < 0.35 * 200

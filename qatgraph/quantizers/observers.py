@@ -106,7 +106,7 @@ class MSE(MinMax):
         fixed = spec.scheme is Scheme.SYMMETRIC or float(self.low) >= 0
         for _ in range(3):
             offsets = torch.arange(-10, 11, dtype=torch.float64) * step
-            for _ in range(1 if fixed else 2):  # one end after the other, and once more
+            for _ in range(2):  # one end after the other, and once more
                 if not fixed:
                     lows = torch.unique((low + offsets).clamp(0.05, 1.0))
                     low = float(lows[self._errors(lows, torch.full_like(lows, high), centers, counts, spec).argmin()])
