@@ -87,7 +87,7 @@ class PassManager:
         pipeline = Pipeline(tuple(self.passes))
         pipeline.check_stage(graph.stage)
         pipeline.check_order(held(graph))
-        if self.evidence is None:
+        if self.evidence is None or not self.evidence.batches:
             pipeline.check_data()
         verify_structure(graph.module, graph.stage, "what came before")
         graph = graph.clone()
