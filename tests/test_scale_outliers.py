@@ -34,6 +34,7 @@ from tests.models import floats
 from tests.rewritten import after, lines, rewritten
 
 JOBS = Path(__file__).parent / "jobs"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 WIDTH, HEADS = 16, 4
 BATCH = floats(8, 12, WIDTH)
 
@@ -153,6 +154,111 @@ def test_channels_of_shared_heads_share_a_factor() -> None:
     factors = (new / old)[0].reshape(2, 2, WIDTH // HEADS)  # key heads, query heads of each, width of a head
     assert torch.allclose(factors[:, 0], factors[:, 1], rtol=1e-4)
     assert float(factors.max() / factors.min()) > 2
+
+
+def test_no_data_is_as_good_as_none() -> None:
+    graph = qg.capture(Net(HOMES["a relu"][0]).eval(), BATCH)
+    with pytest.raises(PassError) as caught:
+        qg.canonicalize(graph, [make_pass("scale-outliers")], data=[])
+    assert caught.value.code == "QG218"
+
+
+def test_data_that_says_nothing_moves_nothing() -> None:
+    graph = qg.capture(nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval(), BATCH)
+    found = qg.canonicalize(graph, [make_pass("scale-outliers")], data=[torch.zeros_like(BATCH)])
+    assert lines(found) == lines(qg.canonicalize(graph))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_is_refused_and_double_is_scaled(dtype: torch.dtype) -> None:
+    """The contract of the pass looks at the numbers."""
+    graph = qg.capture(Net(HOMES["a relu"][0]).to(dtype).eval(), BATCH.to(dtype))
+    found = qg.canonicalize(graph, [make_pass("scale-outliers")], data=[BATCH.to(dtype)])
+    assert any("/scaled" in line for line in lines(found)) == (dtype is torch.float64)
+
+
+class Gate(nn.Module):
+    """Half of the gates are shut: the channels behind them are next to nothing, those of ``source`` are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.gate, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        with torch.no_grad():
+            self.gate.bias.copy_(torch.tensor([-30.0, 3.0]).repeat_interleave(WIDTH // 2))
+            self.gate.weight[WIDTH // 2 :] *= 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.silu(self.gate(x)) * self.source(x))
+        return y
+
+
+def keeps_shut_gates() -> bool:
+    """On a target with one scale for a whole weight and result."""
+    torch.manual_seed(1)
+    target, model = str(EXAMPLES / "targets" / "toy_npu.toml"), Gate().eval()
+    graph, x, errors = qg.capture(model, BATCH), floats(8, 12, WIDTH, seed=1), []
+    for passes in ([], [make_pass("scale-outliers")]):
+        found = qg.canonicalize(graph, passes, data=[BATCH], target=target)
+        qat = qg.prepare(found, qg.plan(found, target))
+        qg.calibrate(qat, [BATCH], progress=False)
+        with torch.no_grad():
+            errors.append(float((qat(x) - model(x)).norm() / model(x).norm()))
+    return errors[1] < 2 * errors[0]
+
+
+def test_factors_do_not_widen_grids_of_one_scale() -> None:
+    assert keeps_shut_gates()
+
+
+def test_factors_that_widen_them_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_outliers, "_coarsens", lambda group, source, found: False)
+    assert not keeps_shut_gates()
+
+
+class Norm(nn.Module):
+    """Channel 3 is an outlier of a norm over two axes."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(shape), nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.norm.weight[:, 3] *= 60.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.norm(x))
+        return y
+
+
+class Product(nn.Module):
+    """The value of a product has fewer axes than the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.down = nn.Linear(WIDTH, WIDTH), nn.LazyLinear(WIDTH)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        y: Tensor = self.down(1e2 * x.square() @ self.source(z))
+        return y
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "a norm of as many rows as channels": (lambda: Norm(WIDTH, WIDTH), (floats(4, WIDTH, WIDTH),)),
+    "a norm of fewer rows": (lambda: Norm(4, WIDTH), (floats(4, 4, WIDTH),)),
+    "a product with a matrix": (Product, (floats(4, 6, WIDTH), floats(WIDTH, WIDTH, seed=1))),
+    "a product with a vector": (Product, (floats(4, 6, WIDTH), floats(WIDTH, seed=1))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_channels_in_odd_places_are_scaled_right(name: str) -> None:
+    """The contract of the pass looks at the numbers."""
+    make, inputs = ODD[name]
+    torch.manual_seed(0)
+    model = make()
+    model(*inputs)  # shapes of lazy layers
+    graph = qg.capture(model.eval(), inputs)
+    found = qg.canonicalize(graph, [make_pass("scale-outliers")], data=[inputs])
+    assert any("down.weight/scaled" in line for line in lines(found))
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {

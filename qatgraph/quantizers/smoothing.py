@@ -56,7 +56,9 @@ def search(x: Activation, readers: Sequence[Reader]) -> Smoothing:
     """
     wanted = [x.rows @ r.weight.T for r in readers]
     best = Smoothing(torch.ones_like(x.top), 1.0)
-    before = max(_error(x, readers, best.factors, wanted), 1e-30)
+    before = _error(x, readers, best.factors, wanted)
+    if before == 0.0:  # nothing to gain, or calibration saw nothing
+        return best
     for factors in _candidates(x, readers):
         error = _error(x, readers, factors, wanted) / before
         if error < best.error:

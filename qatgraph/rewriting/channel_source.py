@@ -19,10 +19,14 @@ _SAME = frozenset({"relu", "dropout"})  # f(c x) = c f(x) for c > 0, element by 
 
 @dataclass(frozen=True)
 class Source:
-    """Channel ``i`` of the value is channel ``channels[i]`` of the result of ``node`` (the last axis of both)."""
+    """Channel ``i`` of the value is channel ``channels[i]`` of the result of ``node`` (the last axis of both).
+
+    ``path`` leads from the value back to the node, both included: whatever is computed there has the factors in it.
+    """
 
     node: fx.Node
     channels: torch.Tensor
+    path: tuple[fx.Node, ...]
 
 
 def source_of(value: fx.Node) -> Source | str:
@@ -41,8 +45,7 @@ def _path(value: fx.Node) -> list[fx.Node] | str:
         return f"'{value.target}' is an input of the model"
     kind, name = record(value).kind, record(value).name
     if kind in SOURCES:
-        missing = "" if attribute(value, "weight") is not None else f"'{name}' has no weight"
-        return missing or problem_of(value, "weight") or problem_of(value, "bias") or [value]
+        return _no_weight(value) or problem_of(value, "weight") or problem_of(value, "bias") or [value]
     reasons = []
     for carrier in _carriers(value):
         if len(carrier.users) > 1 or _uses(node=value, of=carrier) > 1:
@@ -53,6 +56,15 @@ def _path(value: fx.Node) -> list[fx.Node] | str:
             return [value, *found]
         reasons.append(found)
     return reasons[-1] if reasons else f"a factor does not pass through '{name}'"
+
+
+def _no_weight(source: fx.Node) -> str:
+    """Why a linear or norm has no weight with one row, or one element, for each channel; empty if it has."""
+    weight = attribute(source, "weight")
+    if weight is None:
+        return f"'{record(source).name}' has no weight"
+    several = record(source).kind != "linear" and value_of(weight).ndim > 1
+    return f"'{record(source).name}' normalizes several axes" if several else ""
 
 
 def _uses(node: fx.Node, of: fx.Node) -> int:
@@ -68,7 +80,8 @@ def _carriers(node: fx.Node) -> list[fx.Node]:
     if kind == "attention":
         return [operands["value"]]
     if kind == "matmul":  # probabilities @ value
-        return [operands["y"]] if isinstance(operands["y"], fx.Node) else []
+        y = operands["y"]
+        return [y] if isinstance(y, fx.Node) and 2 <= len(_shape(y)) <= len(_shape(node)) else []
     if kind == "mul":
         shape = _shape(node)
         return [n for n in (operands["x"], operands["y"]) if isinstance(n, fx.Node) and _shape(n) == shape]
@@ -89,7 +102,7 @@ def _channels(path: list[fx.Node]) -> Source | str:
     rows = numbers.reshape(-1, numbers.shape[-1])
     if not bool((rows == rows[0]).all()):
         return f"the channels of '{_name(path[0])}' differ from position to position"
-    return Source(source, rows[0].clone())
+    return Source(source, rows[0].clone(), tuple(path))
 
 
 def _through(node: fx.Node, carrier: fx.Node, numbers: torch.Tensor) -> torch.Tensor | str:
@@ -97,9 +110,10 @@ def _through(node: fx.Node, carrier: fx.Node, numbers: torch.Tensor) -> torch.Te
     if kind in ("attention", "matmul"):
         if not bool((numbers == numbers[..., :1, :]).all()):
             return f"'{_name(node)}' mixes the channels of its value"
-        shape = _shape(node)
-        groups = shape[-3] // numbers.shape[-3] if len(shape) > 2 else 1
-        return numbers[..., :1, :].repeat_interleave(groups, dim=-3).expand(shape)
+        shape, row = _shape(node), numbers[..., :1, :]
+        if row.ndim > 2:
+            row = row.repeat_interleave(shape[-3] // row.shape[-3], dim=-3)
+        return row.expand(shape)
     if kind in _SAME or kind == "mul":
         return numbers
     # a shape operation: it moves the numbers as it moves the values

@@ -25,7 +25,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one value: evenly spaced ``rows`` ``[n, channels]``, and the largest ``|x|`` of each channel over all rows."""
+    """Of one value: evenly spaced ``rows`` ``[n, channels]``, and the largest ``|x|`` of each channel over all rows.
+
+    In float32, whatever the model computes in.
+    """
 
     rows: torch.Tensor
     top: torch.Tensor
@@ -64,7 +67,7 @@ class _Watch(fx.Interpreter):
         if n in self.rows:
             rows = value.reshape(-1, value.shape[-1])
             step = max(1, -(-len(rows) // self.share))
-            self.rows[n].append(rows[::step].clone())
-            top = rows.abs().amax(0)
+            self.rows[n].append(rows[::step].to(torch.float32, copy=True))
+            top = rows.abs().amax(0).float()
             self.top[n] = torch.maximum(self.top[n], top) if n in self.top else top
         return value
