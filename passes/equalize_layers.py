@@ -34,7 +34,8 @@ class EqualizeLayers(GraphPass):
     Why: one scale for a whole weight rounds its small channels to nothing; that is what per-tensor weight grids cost.
     Before and after: ``fc2(relu(fc1(x)))`` reads ``fc1.weight/equalized``, ``fc1.bias/equalized`` and
         ``fc2.weight/equalized``.
-    Refuses: a result that something else reads, also a residual; an operation between that does not keep the scale
+    Refuses: to scale a channel up until its bias is the largest number of the layer (the paper absorbs such biases);
+        a result that something else reads, also a residual; an operation between that does not keep the scale
         of a channel (gelu, silu, relu6) or its place; a weight that is computed, shared or no parameter. A channel of
         zeros keeps its scale. A weight behind a pruning mask stays behind it.
     Numerics: weights and biases change; within 1e-12 in float64 (powers of two do not round).
@@ -72,11 +73,14 @@ class _Layer:
     node: fx.Node
     channels: Channels
     weight: torch.Tensor = field(init=False)
+    bias: torch.Tensor | None = field(init=False)
     output: torch.Tensor | None = None
     input: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.weight = self._read("weight").tensor.double()
+        has_bias = attribute(self.node, "bias") is not None
+        self.bias = self._read("bias").tensor.double() if has_bias else None
 
     def _read(self, role: str) -> Weight:
         found = weight_of(attribute(self.node, role))
@@ -86,10 +90,22 @@ class _Layer:
     def divide_output(self, exponents: torch.Tensor) -> None:
         self.output = -exponents if self.output is None else self.output - exponents
         self.weight = self.channels.scaled(self.weight, output=_powers(-exponents))
+        self.bias = None if self.bias is None else self.bias * _powers(-exponents)
 
     def multiply_input(self, exponents: torch.Tensor) -> None:
         self.input = exponents if self.input is None else self.input + exponents
         self.weight = self.channels.scaled(self.weight, input=_powers(exponents))
+
+    def room(self, ranges: torch.Tensor) -> torch.Tensor:
+        """By how many powers of two each channel may grow: no bias becomes larger than all else in the layer.
+
+        A small weight beside a bias of ordinary size would make that constant the largest value of the activation.
+        """
+        if self.bias is None:
+            return torch.full_like(ranges, 64, dtype=torch.int64)
+        size = self.bias.abs()
+        free = torch.maximum(ranges, size).max() / size.clamp(min=DEAD)
+        return torch.frexp(free).exponent.to(torch.int64).sub(1).clamp(0, 64)
 
     def write(self, edit: Edit) -> None:
         output, input = (None if e is None or not e.any() else _powers(e) for e in (self.output, self.input))
@@ -113,7 +129,7 @@ def _balance(first: _Layer, second: _Layer) -> bool:
     alive = (r1 > DEAD) & (r2 > DEAD)
     ratio = torch.where(alive, r1 / r2, 1.0)
     exponents = torch.frexp(ratio).exponent.to(torch.int64) // 2
-    exponents = torch.where((ratio < 0.5) | (ratio > 2.0), exponents, 0)
+    exponents = torch.where((ratio < 0.5) | (ratio > 2.0), exponents, 0).maximum(-first.room(r1))
     if not bool(exponents.any()):
         return False
     first.divide_output(exponents)

@@ -111,9 +111,9 @@ def _coarsens(group: _Group, source: Source, found: Smoothing) -> bool:
     names = {record(n).name for n in source.path}
     if not any(q.spec.axis is None and _touches(q, names, source) for q in group.others):
         return False
-    rows = _weight(source.node).tensor.float().abs()
+    rows = _weight(source.node).tensor.float().abs().cpu()
     top = rows.reshape(len(rows), -1).amax(1)[source.channels]
-    read = torch.stack([_weight(n).tensor.float().square().sum(0) for n in group.linears]).sum(0)
+    read = torch.stack([_weight(n).tensor.float().square().sum(0).cpu() for n in group.linears]).sum(0)
     before, after = top.max().square() * read.sum(), (top / found.factors).max().square()
     return bool(after * (found.factors.square() * read).sum() > before)
 
@@ -129,13 +129,13 @@ def _scale(group: _Group, seen: Sample, edit: Edit) -> None:
     ties = torch.arange(len(seen.top)) if isinstance(source, str) else source.channels
     x = Activation(seen.rows, seen.top, group.x.spec, group.x.observer, ties)
     weights = [_weight(n) for n in group.linears]
-    found = search(x, [Reader(w.tensor.float(), q.spec) for w, q in zip(weights, group.weights, strict=True)])
+    found = search(x, [Reader(w.tensor.float().cpu(), q.spec) for w, q in zip(weights, group.weights, strict=True)])
     if found.error > MARGIN:
         edit.refuse(group.linears[0], f"no factors lower the error of what reads its input (best: {found.error:.3f})")
         return
     multiply = isinstance(source, str) or _coarsens(group, source, found)
     for linear, weight in zip(group.linears, weights, strict=True):
-        replace_weight(linear, weight, weight.stored * found.factors, "scaled", edit)
+        replace_weight(linear, weight, weight.stored * found.factors.to(weight.stored.device), "scaled", edit)
     if isinstance(source, str) or multiply:
         _multiply(group, found, edit)
     else:
@@ -149,14 +149,14 @@ def _fold(source: Source, found: Smoothing, edit: Edit) -> None:
         if attribute(source.node, role) is not None:
             old = _weight(source.node, role)
             shape = [-1] + [1] * (old.stored.ndim - 1)
-            replace_weight(source.node, old, old.stored / factors.reshape(shape), "scaled", edit)
+            replace_weight(source.node, old, old.stored / factors.reshape(shape).to(old.stored.device), "scaled", edit)
 
 
 def _multiply(group: _Group, found: Smoothing, edit: Edit) -> None:
     """Divide the value itself, in front of the first linear."""
     first = min(group.linears)
     path = f"{_weight(first).parameter.target}/factors".replace("/scaled", "")
-    inverse = 1.0 / found.factors.to(value_of(group.value).dtype)
+    inverse = 1.0 / found.factors.to(value_of(group.value).dtype).to(_weight(first).stored.device)
     scaled = edit.call("mul", group.value, edit.constant(path, inverse, at=first), at=first)
     for linear in group.linears:
         edit.reread(linear, group.value, scaled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,17 +53,24 @@ def search(x: Activation, readers: Sequence[Reader]) -> Smoothing:
     ``max|x|^a / max|w|^(1 - a)`` of each input channel (SmoothQuant, Xiao et al., arXiv:2211.10438), and
     ``max(1, max|x| / t)``, which leaves all but the outliers alone (Outlier Suppression+, Wei et al.,
     arXiv:2304.09145).
+
+    One half of the rows chooses. The other judges: no layer's error may grow there, or nothing is changed.
     """
-    wanted = [x.rows @ r.weight.T for r in readers]
-    best = Smoothing(torch.ones_like(x.top), 1.0)
-    before = _error(x, readers, best.factors, wanted)
-    if before == 0.0:  # nothing to gain, or calibration saw nothing
-        return best
-    for factors in _candidates(x, readers):
-        error = _error(x, readers, factors, wanted) / before
-        if error < best.error:
-            best = Smoothing(factors, error)
-    return best
+    chooses, judges = replace(x, rows=x.rows[::2]), replace(x, rows=x.rows[len(x.rows) > 1 :: 2])
+    ones = torch.ones_like(x.top)
+    best, least = ones, sum(_errors(chooses, readers, ones))
+    for factors in _candidates(x, readers) if least > 0 else ():  # else calibration saw nothing
+        error = sum(_errors(chooses, readers, factors))
+        if error < least:
+            best, least = factors, error
+    before, after = (_errors(judges, readers, factors) for factors in (ones, best))
+    if best is ones or _worse(after, before):
+        return Smoothing(ones, 1.0)
+    return Smoothing(best, sum(after) / max(sum(before), 1e-30))
+
+
+def _worse(after: Sequence[float], before: Sequence[float]) -> bool:
+    return any(a > b for a, b in zip(after, before, strict=True))
 
 
 def _candidates(x: Activation, readers: Sequence[Reader]) -> Iterator[torch.Tensor]:
@@ -82,17 +89,18 @@ def _tied(values: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
     return largest.scatter_reduce(0, ties, values, "amax")[ties]
 
 
-def _error(x: Activation, readers: Sequence[Reader], factors: torch.Tensor, wanted: Sequence[torch.Tensor]) -> float:
-    """The squared error of each layer's output, relative to that output, summed over the layers."""
+def _errors(x: Activation, readers: Sequence[Reader], factors: torch.Tensor) -> list[float]:
+    """The squared error of each layer's output, relative to that output."""
     observer = OBSERVERS[x.observer]()
     rows = x.rows / factors
     observer.observe(rows)
     scale, zero = range_grid(*observer.range(x.spec), x.spec)
     rows = (quantize(rows, scale, zero, x.spec.qmin, x.spec.qmax, None) - zero) * scale
-    total = 0.0
-    for reader, want in zip(readers, wanted, strict=True):
+    errors = []
+    for reader in readers:
         quantizer = WeightFakeQuantize(reader.spec)
         quantizer.on = True
+        want = x.rows @ reader.weight.T
         have = rows @ quantizer(reader.weight * factors).T
-        total += float((have - want).square().sum() / want.square().sum().clamp(min=1e-30))
-    return total
+        errors.append(float((have - want).square().sum() / want.square().sum().clamp(min=1e-30)))
+    return errors

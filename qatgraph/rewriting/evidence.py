@@ -52,7 +52,7 @@ def sample(graph: Graph, batches: Sequence[Batch], values: Iterable[fx.Node]) ->
     finally:
         for module, training in modes.items():
             module.training = training
-    return {n: Sample(torch.cat(rows), watch.top[n]) for n, rows in watch.rows.items()}
+    return {n: Sample(torch.cat(rows).cpu(), watch.top[n].cpu()) for n, rows in watch.rows.items()}
 
 
 class _Watch(fx.Interpreter):
