@@ -16,7 +16,7 @@ _SCORES = Alt(
 )
 _SCALED = Alt(
     Op("mul", Moved(_SCORES), Number()),
-    Op("div", Moved(_SCORES), Number()),
+    Op("div", Moved(_SCORES), Number(), where={"rounding_mode": None}),
     Op("mul", Op("tanh", Op("div", Moved(_SCORES), Number())), Number()),  # capped, as in Gemma 2
     _SCORES,
 )

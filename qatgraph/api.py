@@ -89,19 +89,16 @@ def plan(
 
 def decide(canonical: Graph, target: str | Target, recipe: str | Recipe, passes: Sequence[Pass] = ()) -> Plan:
     """The plan of a graph as it is; ``plan`` canonicalizes it before."""
-    from qatgraph.passes import PLANNING
     from qatgraph.planning.build import PlanningContext, build_plan
     from qatgraph.planning.facts import facts_of
     from qatgraph.planning.recipe import load_recipe
     from qatgraph.planning.stated import stated
     from qatgraph.planning.target import Target, load_target
-    from qatgraph.rewriting.registry import make_pass
 
     table = target if isinstance(target, Target) else load_target(target)
     wish = load_recipe(recipe)
     context = PlanningContext(table, wish, facts_of(canonical))
-    pipeline = [*(make_pass(p) for p in PLANNING), *passes]
-    constraints = stated(pipeline, canonical, context)
+    constraints = stated([*_asked(table), *passes], canonical, context)
     hashes = {
         "graph": canonical.structural_hash(),
         "weights": canonical.weights_hash(),
@@ -109,6 +106,24 @@ def decide(canonical: Graph, target: str | Target, recipe: str | Recipe, passes:
         "recipe": wish.hash(),
     }
     return build_plan(context, constraints, hashes)
+
+
+def _asked(table: Target) -> tuple[Pass, ...]:
+    """The planning passes of a target."""
+    from qatgraph.rewriting.passes import PlanningPass
+    from qatgraph.rewriting.pipeline import Pipeline
+
+    steps = Pipeline.parse(table.pipeline).steps
+    other = next((s for s in steps if not isinstance(s, PlanningPass)), None)
+    if other is not None:
+        raise TargetError(
+            "QG402",
+            f"the pipeline of the target '{table.name}' holds '{other.name}', which changes graphs",
+            where=f"pipeline = '{table.pipeline}'",
+            why="a plan is made for a graph as it is",
+            todo=f"leave it out, and give '{other.name}' to canonicalize, or to a job with --passes",
+        )
+    return steps
 
 
 def prepare(graph: Graph, plan: Plan, *, passes: Sequence[Pass] = ()) -> torch.nn.Module:

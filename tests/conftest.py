@@ -22,7 +22,7 @@ def pytest_configure() -> None:
 
 def compare_golden(path: Path, text: str, *, write: bool) -> None:
     if write:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text, encoding="utf-8")
     assert path.is_file(), f"there is no {path.name}: run `make golden` and review it"
     assert text == path.read_text(encoding="utf-8"), f"{path.name} differs: if that is meant, run `make golden`"

@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import qatgraph as qg
 from qatgraph.ir.graph import Graph
+from qatgraph.passes import CANONICALIZE
+from qatgraph.rewriting.manager import PassManager
+from qatgraph.rewriting.pipeline import Pipeline
 from tests.conftest import GOLDEN, Golden, compare_golden
 from tests.models import MODELS as ALL
 from tests.models import canonical, captured
@@ -50,11 +54,29 @@ def test_what_a_pass_on_request_makes(name: str, golden: Golden) -> None:
     golden(name, str(after(canonical(ON_REQUEST[name]), name)))
 
 
+@cache
+def reports() -> dict[str, str]:
+    """What each pass of canonicalization changes in the first model that it changes, as a diff."""
+    found: dict[str, str] = {}
+    for name in ALL:
+        manager = PassManager(Pipeline.parse("canonicalize").steps)
+        manager.run(captured(name))
+        for report in manager.reports:
+            if report.modified:
+                found.setdefault(report.name, f"{name}\n{report.diff()}")
+    return found
+
+
+@pytest.mark.parametrize("name", CANONICALIZE)
+def test_what_each_pass_changes(name: str, golden: Golden) -> None:
+    golden(f"passes/{name}", reports()[name])
+
+
 def test_plan(golden: Golden) -> None:
     golden("encoder.plan", plan_text("encoder"))
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.txt")), ids=lambda p: str(p.stem))
+@pytest.mark.parametrize("path", sorted(GOLDEN.rglob("*.txt")), ids=lambda p: str(p.stem))
 def test_no_addresses_paths_or_symbols(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert ADDRESS.findall(text) == []

@@ -263,6 +263,7 @@ def test_targets() -> None:
     for name, table in (("ort-cpu", load_target("ort-cpu")), (TOY, load_target(TOY))):
         text = answer("targets", name)
         assert all(r.id in text and r.kernel.partition("|")[0] in text for r in table.row)
+        assert f"planning passes: {table.pipeline}" in text
         assert as_json("targets", name) == table.model_dump(mode="json")
 
 

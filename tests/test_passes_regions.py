@@ -325,3 +325,12 @@ def test_what_is_on_request_is_not_in_the_canonical_graph() -> None:
 def test_a_region_is_not_taken_from_another_pass() -> None:
     graph = after(of(lambda x: x * torch.sigmoid(1.702 * x)), "fuse-quick-gelu")
     assert rewritten("fuse-quick-gelu", graph)[1] == {"Function:mul#2": "it has a region"}
+
+
+@pytest.mark.parametrize(("rounding", "fused"), [(None, True), ("floor", False)])
+def test_a_division_that_rounds_is_no_scale(rounding: str | None, fused: bool) -> None:
+    def attend(x: Tensor, y: Tensor) -> Tensor:
+        return torch.div(x @ y.transpose(-1, -2), 2.0, rounding_mode=rounding).softmax(-1) @ y
+
+    graph, _ = rewritten("fuse-attention", of(attend, floats(2, 4), floats(2, 4, seed=1)))
+    assert bool(regions(graph)) == fused

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qatgraph as qg
-from qatgraph.errors import PassError
+from qatgraph.errors import PassError, QatgraphError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.stages import Stage
 from qatgraph.passes import BUILTIN, CANONICALIZE, PIPELINES, PLANNING
+from qatgraph.planning.target import load_target
 from qatgraph.rewriting import registry
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.manager import PassManager
@@ -369,3 +370,32 @@ def test_a_text_that_names_no_pass_or_a_wrong_option(text: str) -> None:
     assert caught.value.code == code
     assert sentence in str(caught.value)
     assert caught.value.todo
+
+
+# ---------------------------------------------------------------- the pipeline of a target
+
+
+def pinned(pipeline: str) -> set[str]:
+    """The nodes that a plan pins, for ONNX Runtime with another planning pipeline."""
+    table = load_target("ort-cpu").model_copy(update={"pipeline": pipeline})
+    return {p.node for p in qg.plan(captured("encoder"), table).predictions if p.pinned}
+
+
+def test_a_target_says_which_planning_passes_are_asked() -> None:
+    norms = {n for n in pinned("plan") if n.endswith("layer_norm")}
+    assert norms != set()
+    assert pinned("pin-layer-norm,share-through-shape-ops,derive-bias") == norms
+    assert norms.isdisjoint(pinned("pin-attention,share-through-shape-ops,derive-bias"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "code", "what"),
+    [
+        ("plan,fold-gelu", "QG402", "the pipeline of the target 'ort-cpu' holds 'fold-gelu', which changes graphs"),
+        ("pin-layer-nrom", "QG201", "there is no pass 'pin-layer-nrom'"),
+    ],
+)
+def test_a_pipeline_that_cannot_plan_is_refused(pipeline: str, code: str, what: str) -> None:
+    with pytest.raises(QatgraphError, match=what) as caught:
+        pinned(pipeline)
+    assert caught.value.code == code

@@ -135,7 +135,25 @@ def without_inputs() -> ExportedProgram:
     return program
 
 
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * 2 + y
+
+
+def exported_with_one_tensor_twice() -> ExportedProgram:
+    return torch.export.export(Sum(), (X, X))
+
+
+def test_a_program_with_two_equal_tensors_is_taken() -> None:
+    graph = qg.capture(torch.export.export(Sum(), (X, X.clone())))
+    assert torch.equal(graph(X, X + 1), X * 2 + X + 1)
+
+
 REFUSED: dict[str, tuple[Callable[[], Graph], str]] = {
+    "a program with one tensor twice": (
+        lambda: qg.capture(exported_with_one_tensor_twice()),
+        "the program was exported with one tensor at several inputs",
+    ),
     "a module without inputs": (lambda: qg.capture(ZOO["mlp"].model()), "an example batch is missing"),
     "a program with inputs": (
         lambda: qg.capture(exported("mlp"), ZOO["mlp"].inputs(0)), "an exported program brings its own inputs"

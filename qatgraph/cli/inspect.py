@@ -131,6 +131,7 @@ def targets(
         print(table.model_dump_json(indent=1))
         return
     rows = [(r.id, r.op, r.placement, r.kernel, " or ".join(map(str, r.x)), " or ".join(r.bias)) for r in table.row]
+    print(f"planning passes: {table.pipeline}\n")
     print_table(table.description, ("row", "operation", "placement", "kernel", "input grid", "bias"), rows)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from qatgraph.errors import CaptureError
 from qatgraph.frontend.functional import functional_program
@@ -107,6 +109,9 @@ def _from_program(program: ExportedProgram, inputs: Batch | None, dynamic_shapes
     if program.example_inputs is None:
         raise _inputs("the program has no example inputs", "it was saved without", "export it again with them")
     args, kwargs = program.example_inputs
+    if _merged(program):
+        why = "torch.export reads one input where the same tensor stood for several"
+        raise _inputs("the program was exported with one tensor at several inputs", why, "export it with copies")
     tensors: dict[str, torch.Tensor] = {**program.state_dict, **program.constants}
     stacks = (n.meta.get("nn_module_stack") or {} for n in program.graph.nodes)
     classes = [str(kind).rpartition(".")[2] for stack in stacks for path, kind in stack.values() if path == ""]
@@ -115,6 +120,15 @@ def _from_program(program: ExportedProgram, inputs: Batch | None, dynamic_shapes
     names = tuple(program.graph_signature.user_inputs)
     program, notes = functional_program(program)
     return _Captured(program, root, names, args, kwargs, dimensions_of(program, names), tensors, notes)
+
+
+def _merged(program: ExportedProgram) -> bool:
+    """Whether an input that nothing reads was the same tensor as another."""
+    leaves = pytree.tree_leaves(program.example_inputs)
+    readers = {n.name: len(n.users) for n in program.graph.find_nodes(op="placeholder")}
+    shared = Counter(id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+    named = zip(program.graph_signature.user_inputs, leaves, strict=False)
+    return any(shared[id(leaf)] > 1 and readers.get(str(name)) == 0 for name, leaf in named)
 
 
 def _inputs(what: str, why: str, todo: str) -> CaptureError:

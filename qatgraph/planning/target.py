@@ -95,12 +95,16 @@ def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
 
 
 class Target(UserModel):
-    """A table that passes and the solver ask; they never ask for a target's name."""
+    """A table that passes and the solver ask; they never ask for a target's name.
+
+    ``pipeline`` is the text of the planning passes that are asked, by default the built-in ones.
+    """
 
     name: str
     description: str
     backend: str = ""
     opset: int = 0
+    pipeline: str = "plan"
     row: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -105,6 +105,7 @@ class Op(Pattern):
     """An operation of one kind (or of several, joined by ``|``). Fewer operands than the node has leave the rest free.
 
     ``where`` holds attributes by the names of the operator's schema: ``{"dim": -1}``, or a predicate on the value.
+    What is not named may have any value: an ``add`` may scale its second operand unless ``where={"alpha": 1}``.
     ``users`` is how many operations may read the result (a pass that takes an operation away wants 1).
     """
 
