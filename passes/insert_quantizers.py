@@ -31,6 +31,7 @@ class InsertQuantizers(GraphPass):
 
     name = "insert-quantizers"
     stage = Stage.CANONICAL
+    leaves = Stage.PREPARED
     numerics = same
     plan: Any = field(default=None)
 

@@ -18,6 +18,7 @@ from qatgraph.errors import PassError, QatgraphError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.stages import Stage
 from qatgraph.passes import BUILTIN, CANONICALIZE, PIPELINES, PLANNING
+from qatgraph.passes.insert_quantizers import InsertQuantizers
 from qatgraph.planning.target import load_target
 from qatgraph.rewriting import registry
 from qatgraph.rewriting.edit import Edit
@@ -25,7 +26,7 @@ from qatgraph.rewriting.manager import PassManager
 from qatgraph.rewriting.passes import GraphPass, Pass, PlanningPass
 from qatgraph.rewriting.pipeline import Pipeline
 from qatgraph.rewriting.registry import make_pass
-from tests.models import captured, floats
+from tests.models import canonical, captured, floats
 
 FILE = """
 from dataclasses import dataclass
@@ -282,12 +283,24 @@ class OfQuantizers(Watched):
 
 
 def test_qg213_a_pass_that_takes_a_graph_of_another_stage_is_refused_before_anything_runs() -> None:
-    Watched.ran = False
+    OfQuantizers.ran = False
     for run in (PassManager([OfQuantizers()]).run, lambda graph: qg.bisect(graph, Pipeline((OfQuantizers(),)))):
         with pytest.raises(PassError, match="QG213") as caught:
             run(captured("mlp"))
-        assert caught.value.what == ("'of-quantizers' takes a graph at the stage prepared, and this one is at captured")
+        assert caught.value.what == ("'of-quantizers' takes a graph at the stage prepared, and gets one at captured")
     assert not OfQuantizers.ran
+
+
+def test_a_pass_that_leaves_another_stage_leads_to_it() -> None:
+    graph = canonical("mlp")
+    steps = [InsertQuantizers(qg.plan(graph)), OfQuantizers()]
+    OfQuantizers.ran = False
+    PassManager(steps, leaves=Stage.PREPARED).run(graph)
+    assert OfQuantizers.ran
+    with pytest.raises(PassError, match=r"'of-quantizers' takes a graph at .* prepared, and gets one at canonical"):
+        PassManager(steps[::-1], leaves=Stage.PREPARED).run(graph)
+    with pytest.raises(PassError, match=r"'remove-no-ops' takes a graph at .* captured, and gets one at prepared"):
+        PassManager([steps[0], make_pass("remove-no-ops")]).run(graph)
 
 
 # ---------------------------------------------------------------- names and options that are wrong

@@ -105,6 +105,7 @@ class PassManager:
         edit = Edit(graph, one.name, self.allowance, self.evidence)
         try:
             self._apply(one, graph, edit)
+            graph.set_info(stage=one.leaves or graph.stage)
             seconds = time.perf_counter() - start
             verify_structure(graph.module, graph.stage, one.name)
             form = _Form.of(graph)

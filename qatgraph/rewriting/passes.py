@@ -97,12 +97,14 @@ def _check_declarations(cls: Any) -> None:
 class GraphPass(Pass, ABC):
     """A pass that changes the graph.
 
-    ``stage`` is what it takes and leaves. ``requires`` and ``ensures`` name properties of graphs
-    (``qatgraph.ir.properties``): a pipeline that does not ensure what a pass requires is refused before it runs.
+    ``stage`` is what it takes, ``leaves`` what it makes of it (the same by default). ``requires`` and ``ensures`` name
+    properties of graphs (``qatgraph.ir.properties``): a pipeline that does not ensure what a pass requires is refused
+    before it runs.
     ``needs_data``: it looks at calibration data and a plan, ``edit.evidence``.
     """
 
     stage: ClassVar[Stage] = Stage.CAPTURED
+    leaves: ClassVar[Stage | None] = None
     requires: ClassVar[tuple[str, ...]] = ()
     ensures: ClassVar[tuple[str, ...]] = ()
     numerics: ClassVar[Numerics] = same

@@ -90,11 +90,12 @@ class Pipeline:
             if step.stage is not stage and not {step.stage, stage} <= FLOAT:
                 raise PassError(
                     "QG213",
-                    f"'{step.name}' takes a graph at the stage {step.stage}, and this one is at {stage}",
+                    f"'{step.name}' takes a graph at the stage {step.stage}, and gets one at {stage}",
                     where=f"'{step.name}' in the pipeline",
-                    why="no pass of a pipeline leads from one stage to the other",
+                    why="no step before it leads from one stage to the other",
                     todo="take the step out, or run it on a graph of its stage",
                 )
+            stage = step.leaves or stage
 
     def check_order(self, have: Iterable[str] = ()) -> None:
         """Refuse an order in which a pass comes before what it requires.
