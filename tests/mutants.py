@@ -41,15 +41,16 @@ def captured(sizes: str = "moving") -> Graph:
     return qg.capture(model, floats(4, 8), shapes, output_names=("y", "p"))
 
 
-def by_hand(change: Change, numerics: Numerics = same, ensures: tuple[str, ...] = ()) -> GraphPass:
+def by_hand(
+    change: Change, numerics: Numerics = same, ensures: tuple[str, ...] = (), name: str = "by-hand"
+) -> GraphPass:
     @dataclass(frozen=True)
     class ByHand(GraphPass):
-        name = "by-hand"
-
         def apply(self, graph: Graph, edit: Edit) -> None:
             change(graph, edit)
 
-    made: type[ByHand] = type("ByHand", (ByHand,), {"numerics": numerics, "ensures": ensures, "__module__": __name__})
+    declared = {"name": name, "numerics": numerics, "ensures": ensures, "__module__": __name__}
+    made: type[ByHand] = type("ByHand", (ByHand,), declared)
     return made()
 
 

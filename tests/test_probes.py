@@ -28,7 +28,7 @@ def right(name: str, numerics: Numerics) -> GraphPass:
     def group(graph: Graph, edit: Edit) -> None:
         edit.group(name, graph.nodes[-1])
 
-    return by_hand(group, numerics)
+    return by_hand(group, numerics, name=name)
 
 
 @pytest.mark.parametrize("last", KINDS, ids=str)
