@@ -59,8 +59,8 @@ class Number(Pattern):
 
 
 @dataclass(frozen=True)
-class Opt(Pattern):
-    """An operand that may be absent (or ``None``): the bias of a linear."""
+class _Around(Pattern):
+    """A pattern that holds one other, and counts as much."""
 
     inner: Pattern
 
@@ -69,6 +69,11 @@ class Opt(Pattern):
 
     def elements(self) -> int:
         return self.inner.elements()
+
+
+@dataclass(frozen=True)
+class Opt(_Around):
+    """An operand that may be absent (or ``None``): the bias of a linear."""
 
 
 @dataclass(frozen=True, init=False)
@@ -88,16 +93,8 @@ class Alt(Pattern):
 
 
 @dataclass(frozen=True)
-class Moved(Pattern):
+class Moved(_Around):
     """``inner`` behind any number (also none) of operations that only move elements: reshape, transpose, slice …"""
-
-    inner: Pattern
-
-    def parts(self) -> tuple[Pattern, ...]:
-        return (self.inner,)
-
-    def elements(self) -> int:
-        return self.inner.elements()
 
 
 @dataclass(frozen=True, init=False)
