@@ -121,7 +121,7 @@ def _bias(qdq: Graph, node: torch.fx.Node | None, unit: Array) -> Array | None:
     if node.target is not DEQUANTIZE:
         return _constant(qdq, node)
     value, scale, zero = (_constant(qdq, n) for n in node.args[:3])  # type: ignore[arg-type]
-    return value if np.array_equal(scale, unit) else reference.dequantize(value, scale, zero)
+    return value if np.array_equal(scale, unit) else reference.dequantize(value, scale, zero, axis=0)
 
 
 def _lookup(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:

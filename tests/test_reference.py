@@ -103,8 +103,8 @@ def slow_dequantize(q: Array, scale: Array, zero_point: Array) -> Array:
 
 
 def slow_worst_pair(weight: Array) -> int:
-    """The largest absolute sum that one pair can reach when an activation is 0 or 1."""
-    pairs = [(int(r[k]), int(r[k + 1])) for r in weight for k in range(0, len(r) - 1, 2)]
+    """The largest absolute sum that one pair can reach when an activation is 0 or 1; an odd last one stands alone."""
+    pairs = [(r[k], r[k + 1]) for r in ([*row, 0] for row in weight.tolist()) for k in range(0, len(r) - 1, 2)]
     return max((max(abs(a * i + b * j) for i in (0, 1) for j in (0, 1)) for a, b in pairs), default=0)
 
 

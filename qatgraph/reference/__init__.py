@@ -1,0 +1,53 @@
+"""The integer reference: what an int8 region computes, in exact integers. The oracle of every proof."""
+
+from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
+from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, quantize, requantize
+from qatgraph.reference.pooling import average_pool, global_average_pool, max_pool
+from qatgraph.reference.products import (
+    accumulate,
+    accumulate_conv,
+    conv,
+    gemm,
+    linear,
+    matmul,
+    matmul_integer,
+)
+from qatgraph.reference.saturation import (
+    accumulate_conv_pair16,
+    accumulate_pair16,
+    k_rows,
+    saturated_share,
+    worst_pair,
+    worst_pairs,
+)
+
+__all__ = [
+    "Array",
+    "Grid",
+    "accumulate",
+    "accumulate_conv",
+    "accumulate_conv_pair16",
+    "accumulate_pair16",
+    "add",
+    "average_pool",
+    "concat",
+    "conv",
+    "dequantize",
+    "dynamic_quantize",
+    "gemm",
+    "global_average_pool",
+    "k_rows",
+    "leaky_relu",
+    "linear",
+    "matmul",
+    "matmul_integer",
+    "max_pool",
+    "mul",
+    "quantize",
+    "requantize",
+    "saturated_share",
+    "sigmoid",
+    "softmax",
+    "worst_pair",
+    "worst_pairs",
+]
