@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+
+OBSERVER_NAMES = ("minmax", "moving-average", "mse", "percentile", "entropy")
 
 
 class DType(StrEnum):
@@ -113,3 +116,21 @@ class QuantSpec:
             axis=int(axis.removesuffix(")")) if bracket else None,
             scale=ScaleRule(words[3]) if len(words) == 4 else ScaleRule.FREE,
         )
+
+
+def parse_observer(text: str) -> tuple[str, tuple[float, ...]]:
+    """The name of an observer and its numbers: ``mse``, ``percentile`` or ``percentile(99.9)``.
+
+    Raises:
+        ValueError: there is no such observer, or it does not take that.
+    """
+    if text in OBSERVER_NAMES:
+        return text, ()
+    found = re.fullmatch(r"percentile\(([0-9]+(?:\.[0-9]+)?)\)", text)
+    if found is None:
+        names = ", ".join(f"'{n}'" for n in OBSERVER_NAMES)
+        raise ValueError(f"'{text}' is not an observer; write one of {names} or, e.g., 'percentile(99.9)'")
+    percent = float(found[1])
+    if not 50 < percent <= 100:
+        raise ValueError(f"'{text}' keeps {found[1]} % of the values; keep more than 50 and at most 100")
+    return "percentile", (percent,)

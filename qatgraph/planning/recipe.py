@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from qatgraph.errors import PlanError
 from qatgraph.ir.names import is_glob, matches, select
@@ -12,8 +14,15 @@ from qatgraph.planning.constraints import RECIPE_GLOB, RECIPE_NAMED, Author, Con
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.target import BiasForm, Spec
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
+from qatgraph.specs import parse_observer
 
-Observer = Literal["minmax", "moving-average", "mse"]
+
+def _observer(text: str) -> str:
+    parse_observer(text)
+    return text
+
+
+Observer = Annotated[str, AfterValidator(_observer)]
 
 
 class Override(UserModel):

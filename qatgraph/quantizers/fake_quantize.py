@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qatgraph.quantizers.grids import STORAGE, channel_shape, quantize, range_grid, weight_scale
-from qatgraph.quantizers.observers import OBSERVERS
+from qatgraph.quantizers.observers import make_observer
 from qatgraph.specs import QuantSpec
 
 
@@ -75,7 +75,7 @@ class ActivationFakeQuantize(FakeQuantize):
 
     def __init__(self, spec: QuantSpec, observer: str) -> None:
         super().__init__(spec)
-        self.observer = OBSERVERS[observer]()
+        self.observer = make_observer(observer)
         span = torch.iinfo(STORAGE[spec.dtype])
         self.qmin, self.qmax = span.min, span.max
         self.observing = False

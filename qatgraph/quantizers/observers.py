@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Self
 
 import torch
 
+from qatgraph.quantizers.entropy import least_divergence
 from qatgraph.quantizers.grids import range_grid
-from qatgraph.specs import QuantSpec, Scheme
+from qatgraph.quantizers.histograms import BINS, Histogram
+from qatgraph.specs import QuantSpec, Scheme, parse_observer
 
 
 class Observer(torch.nn.Module):
@@ -57,51 +60,44 @@ class MovingAverage(MinMax):
             bound.copy_(torch.where(first, value, 0.9 * bound + 0.1 * value))
 
 
-class MSE(MinMax):
-    """The range whose grid has the least squared error on a histogram.
-
-    Counts lie in ``2 * BINS`` equal bins over ``[-reach, reach)``, where the reach is a power of two; a value outside
-    doubles the reach and merges neighbouring bins, which is exact. Zeros are not counted: they lie on every grid.
-    The search goes over the two ends in turn: first coarse, then around the best.
-    """
-
-    BINS = 2048
-    CHUNK = 2**22  # values binned at a time
-    counts: torch.Tensor
-    reach: torch.Tensor
+class HistogramObserver(MinMax):
+    """Base: the range is searched on a histogram of all that was seen, within the smallest and largest value."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("counts", torch.zeros(2 * self.BINS, dtype=torch.float64))
-        self.register_buffer("reach", torch.tensor(0.0, dtype=torch.float64))  # up to 2**128
+        self.histogram = Histogram()
 
     def observe(self, x: torch.Tensor) -> None:
         super().observe(x)
-        top = float(x.abs().max())
-        if top == 0.0 or not math.isfinite(top):
-            return
-        self._widen(2.0 ** math.frexp(top)[1])
-        width = float(self.reach) / self.BINS
-        for part in torch.split(x.flatten(), self.CHUNK):
-            bins = (part[part != 0].double() / width).floor_().long() + self.BINS
-            self.counts.add_(torch.bincount(bins, minlength=2 * self.BINS))
-
-    def _widen(self, needed: float) -> None:
-        reach = float(self.reach) or needed
-        while reach < needed:
-            halves = torch.zeros_like(self.counts)
-            halves[self.BINS // 2 : self.BINS // 2 + self.BINS] = self.counts.reshape(-1, 2).sum(1)
-            self.counts.copy_(halves)
-            reach *= 2
-        self.reach.fill_(reach)
+        self.histogram.add(x)
 
     def range(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        if float(self.reach) == 0.0 or not bool(torch.isfinite(self.low) & torch.isfinite(self.high)):
+        if self.histogram.width == 0.0 or not bool(torch.isfinite(self.low) & torch.isfinite(self.high)):
             return self.low, self.high
-        width = float(self.reach) / self.BINS
-        centers = (torch.arange(2 * self.BINS, dtype=torch.float64) - self.BINS + 0.5) * width
-        used = self.counts.cpu() > 0
-        centers, counts = centers[used], self.counts.cpu()[used]
+        return self.search(spec)
+
+    def search(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def within(self, low: float, high: float, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """The edges of bins, no further out than the values; both ends equally far for a symmetric grid."""
+        smallest, largest = float(self.low), float(self.high)
+        if spec.scheme is Scheme.SYMMETRIC:
+            top = self.low.new_tensor(min(max(-low, high), max(-smallest, largest)))
+            return -top, top
+        return self.low.new_tensor(max(low, smallest)), self.low.new_tensor(min(high, largest))
+
+
+class MSE(HistogramObserver):
+    """The range whose grid has the least squared error on the histogram.
+
+    The search goes over the two ends in turn: first coarse, then around the best.
+    """
+
+    def search(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        centers, counts = self.histogram.centers(), self.histogram.counts.cpu()
+        used = counts > 0
+        centers, counts = centers[used], counts[used]
         low, high, step = 1.0, 1.0, 0.05  # shares of the range that was seen
         fixed = spec.scheme is Scheme.SYMMETRIC or float(self.low) >= 0
         for _ in range(3):
@@ -130,4 +126,51 @@ class MSE(MinMax):
         return q.sub_(zero).mul_(scale).sub_(x).square_() @ counts
 
 
-OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSE}
+class Percentile(HistogramObserver):
+    """The range of the most central ``percent`` of the values, zeros included, to a bin of the histogram.
+
+    An affine grid loses at most half of the rest at each end, a symmetric one all of it in magnitude; of fewer values
+    than it takes to lose one (20,000 or 10,000 for the default) none is lost. As
+    ``onnxruntime.quantization.calibrate``, but counted exactly: there a sum of rounded shares is compared.
+    """
+
+    def __init__(self, percent: float = 99.99) -> None:
+        super().__init__()
+        self.share = 1 - Fraction(str(percent)) / 100  # outside the range
+
+    def search(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        counts, width = self.histogram.counts.cpu(), self.histogram.width
+        below, above = counts[:BINS].flip(0), counts[BINS:]  # from zero outward
+        total = int(counts.sum() + self.histogram.zeros.cpu())
+        if spec.scheme is Scheme.SYMMETRIC:
+            top = _bins(below + above, int(total * self.share)) * width
+            return self.within(-top, top, spec)
+        lose = int(total * self.share / 2)
+        return self.within(-_bins(below, lose) * width, _bins(above, lose) * width, spec)
+
+
+def _bins(counts: torch.Tensor, lose: int) -> int:
+    """How many bins, from the first on, remain when at most so many values are lost at the end."""
+    return int((counts.flip(0).cumsum(0) > lose).sum())
+
+
+class Entropy(HistogramObserver):
+    """The range that loses the least information (``qatgraph.quantizers.entropy``: method and sources)."""
+
+    def search(self, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.within(*least_divergence(self.histogram.counts.cpu(), self.histogram.width, spec), spec)
+
+
+OBSERVERS: dict[str, Callable[..., Observer]] = {
+    "minmax": MinMax,
+    "moving-average": MovingAverage,
+    "mse": MSE,
+    "percentile": Percentile,
+    "entropy": Entropy,
+}
+
+
+def make_observer(text: str) -> Observer:
+    """A new observer, as a plan names it: ``mse``, ``percentile(99.9)``."""
+    name, numbers = parse_observer(text)
+    return OBSERVERS[name](*numbers)

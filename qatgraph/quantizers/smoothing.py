@@ -9,7 +9,7 @@ import torch
 
 from qatgraph.quantizers.fake_quantize import WeightFakeQuantize
 from qatgraph.quantizers.grids import quantize, range_grid
-from qatgraph.quantizers.observers import OBSERVERS
+from qatgraph.quantizers.observers import make_observer
 from qatgraph.specs import QuantSpec
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(10))
@@ -91,7 +91,7 @@ def _tied(values: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
 
 def _errors(x: Activation, readers: Sequence[Reader], factors: torch.Tensor) -> list[float]:
     """The squared error of each layer's output, relative to that output."""
-    observer = OBSERVERS[x.observer]()
+    observer = make_observer(x.observer)
     rows = x.rows / factors
     observer.observe(rows)
     scale, zero = range_grid(*observer.range(x.spec), x.spec)
