@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+# what ORT takes for an int8 operation where Q and DQ stand around it
+PARTED = (
+    "MatMul", "Gemm", "Conv", "ConvTranspose", "Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool",
+    "GlobalAveragePool", "Concat", "Where",
+)  # fmt: skip
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
 
 
@@ -29,13 +34,29 @@ def _as_matmul(model: Any, nodes: list[Any], bias: str) -> None:
     if matmul.op_type == "Gemm":
         matmul.op_type, matmul.name = "MatMul", matmul.name.removesuffix("/Gemm") + "/MatMul"
         matmul.attributes.clear()
+    if bias == "none":
+        return
+    add = _the(nodes, "Add")
+    index = next(i for i, value in enumerate(add.inputs) if value.const_value is not None)
+    vector = add.inputs[index]
+    if vector.const_value.numpy().size == 1:
+        add.op_type = "Sum"  # as Add ORT would drop a single zero (EliminateNoop), and what follows meets the product
     if bias == "row":
-        add = _the(nodes, "Add")
-        index = next(i for i, value in enumerate(add.inputs) if value.const_value is not None)
-        vector = add.inputs[index]
         rank = add.outputs[0].shape.rank()
         row = vector.const_value.numpy().reshape([1] * (rank - 1) + [-1])
         add.replace_input_with(index, initializer(model, f"{vector.name}/row{rank}", row))
+
+
+def _as_gather(model: Any, nodes: list[Any], bias: str) -> None:
+    """Keep what only moves rows from the dequantize behind the look-up.
+
+    ORT 1.32 moves an s8 dequantize behind such a node (QDQPropagation), where it makes it u8 (QDQS8ToU8), but not its
+    ``output_dtype``: from opset 21 on it then refuses its own graph.
+    """
+    gather = _the(nodes, "Gather")
+    dequantize = gather.outputs[0].uses()[0].node
+    if any(use.node.op_type in MOVES for use in dequantize.outputs[0].uses()):
+        _copy_behind(model, dequantize, gather)
 
 
 def _as_sum(model: Any, nodes: list[Any], bias: str) -> None:
@@ -54,6 +75,28 @@ def _as_max(model: Any, nodes: list[Any], bias: str) -> None:
     new = ir.Node("", "Max", [relu.inputs[0], zero], num_outputs=1, name=name)
     new.outputs[0].dtype, new.outputs[0].shape = relu.outputs[0].dtype, relu.outputs[0].shape
     ir.convenience.replace_nodes_and_values(model.graph, relu, [relu], [new], relu.outputs, new.outputs)
+
+
+def _as_global_pool(model: Any, nodes: list[Any], bias: str) -> None:
+    """The mean over the image -> GlobalAveragePool."""
+    mean = _the(nodes, "ReduceMean")
+    mean.op_type, mean.name = "GlobalAveragePool", mean.name.removesuffix("/ReduceMean") + "/GlobalAveragePool"
+    mean.resize_inputs(1)
+    mean.attributes.clear()
+
+
+def _as_conv_pads(model: Any, nodes: list[Any], bias: str) -> None:
+    """Pad -> Conv becomes a Conv with other pads at the two ends of an axis."""
+    import onnx_ir as ir
+
+    pad = _the(nodes, "Pad")
+    (use,) = pad.outputs[0].uses()
+    conv, axes = use.node, pad.outputs[0].shape.rank() - 2
+    ends = pad.inputs[1].const_value.numpy()
+    more = [*ends[2 : 2 + axes], *ends[-axes:]]
+    own = conv.attributes["pads"].as_ints() if "pads" in conv.attributes else [0] * (2 * axes)
+    conv.attributes["pads"] = ir.AttrInt64s("pads", [int(a + b) for a, b in zip(own, more, strict=True)])
+    conv.replace_input_with(0, pad.inputs[0])
 
 
 def _as_attention(model: Any, nodes: list[Any], bias: str) -> None:
@@ -131,38 +174,49 @@ def _reader(value: Any, op_type: str) -> Any:
     return readers[0].node if len(readers) == 1 and readers[0].node.op_type == op_type else None
 
 
-def part_from_quantize(model: Any) -> None:
-    """Put a ``Sum`` of one operand between an int8 product and a quantize.
+def part_from_quantize(model: Any, owners: dict[str, list[Any]], names: Iterable[str]) -> None:
+    """Put a ``Sum`` of one operand between a quantize and the node of a row that promises a float result.
 
-    The rows promise a kernel that writes float; with a quantize behind it ORT takes one that writes integers, and
-    rounds in another way.
+    Between a dequantize and a quantize ORT takes a kernel that writes integers, and of a convolution, also a transposed
+    one, and a Gemm it quantizes the float weight by itself (``weight_bias_quantization.cc``).
     """
+    for node in [n for name in names for n in owners.get(name, ()) if n.op_type in PARTED]:
+        sources = [v.producer() for v in node.inputs if v is not None]
+        reads = any(s is not None and s.op_type == "DequantizeLinear" for s in sources)
+        if reads and _meets_quantize(node.outputs[0]):
+            _copy_behind(model, node, node)
+
+
+def _copy_behind(model: Any, node: Any, owner: Any) -> None:
+    """Let all that reads the result read a ``Sum`` of it alone, which no fusion of ORT's looks through."""
     import onnx_ir as ir
 
-    for node in list(model.graph):
-        source = node.inputs[0].producer() if node.op_type in ("MatMul", "Gemm") else None
-        if source is None or source.op_type != "DequantizeLinear" or not _meets_quantize(node.outputs[0]):
-            continue
-        result, name = node.outputs[0], f"{node.name.rpartition('/')[0]}/Sum"
-        copy = ir.Node("", "Sum", [result], num_outputs=1, name=name)
-        copy.outputs[0].dtype, copy.outputs[0].shape = result.dtype, result.shape
-        for reader, index in [use for use in result.uses() if use.node is not copy]:
-            reader.replace_input_with(index, copy.outputs[0])
-        model.graph.insert_after(node, copy)
+    result, name = node.outputs[0], f"{owner.name.rpartition('/')[0]}/Sum"
+    copy = ir.Node("", "Sum", [result], num_outputs=1, name=name)
+    copy.outputs[0].dtype, copy.outputs[0].shape = result.dtype, result.shape
+    for reader, index in [use for use in result.uses() if use.node is not copy]:
+        reader.replace_input_with(index, copy.outputs[0])
+    model.graph.insert_after(node, copy)
 
 
 def _meets_quantize(value: Any) -> bool:
     """Whether ORT finds a quantize behind the value; it moves one up past operations that only move elements."""
     readers = [use.node for use in value.uses()]
-    return any(r.op_type == "QuantizeLinear" or (r.op_type in MOVES and _meets_quantize(r.outputs[0])) for r in readers)
+    through = (*MOVES, "Relu", "Clip")
+    return any(
+        r.op_type == "QuantizeLinear" or (r.op_type in through and _meets_quantize(r.outputs[0])) for r in readers
+    )
 
 
 # How the forms of a target's rows are written; a form that is not here is what the exporter writes anyway.
 FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
+    "gather": _as_gather,
     "matmul": _as_matmul,
     "sum": _as_sum,
     "max": _as_max,
     "packed-heads": _as_attention,
+    "global-pool": _as_global_pool,
+    "conv-pads": _as_conv_pads,
 }
 
 

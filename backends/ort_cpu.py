@@ -6,27 +6,35 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qatgraph.backends import emulation
+from qatgraph.backends import emulation, ort_taps
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
-from qatgraph.kernels import KernelNode, owner
-from qatgraph.parity import RegionTap, without_reference, write_integers
+from qatgraph.kernels import KernelNode
+from qatgraph.parity import RegionTap
 from qatgraph.planning.plan import Plan
+from qatgraph.planning.target import Target
+from qatgraph.probing.cases import Engine
 from qatgraph.reference import Array
+from qatgraph.report.machine import check_cpu
 
+REQUIRES = "qatgraph.requires"  # in the metadata of a file
 write = write_atomically
 run_on = emulation.run_on
 can_emulate = emulation.available
 # Nodes that only move or convert data: nobody expects an int8 kernel for them.
 PLUMBING = frozenset({"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Shape", "Cast", "Identity"})
-CORES = ("MatMul", "Gemm", "Gather")  # the node that carries an int8 region
+# Nodes that move or pick elements of any type: on integers if what they read is.
+MOVERS = frozenset(
+    {"Gather", "MaxPool", "NhwcMaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Identity",
+     "Split", "Tile", "Expand", "GatherElements", "DepthToSpace", "Resize", "ReduceMax", "ReduceMin"}
+)  # fmt: skip
 INT8_KERNELS = frozenset(
     {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "QLinearAdd", "QLinearMul", "QLinearSoftmax",
      "QLinearSigmoid", "QLinearLeakyRelu", "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearConcat",
@@ -38,24 +46,39 @@ INT8_KERNELS = frozenset(
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file."""
     metadata = {"qatgraph.plan": plan.hash(), "qatgraph.target": plan.target}
+    if plan.requires:
+        metadata[REQUIRES] = plan.requires
     return to_onnx(graph, plan, plan.opset, metadata)
 
 
-def session(model: bytes | str, *, threads: int = 0, **config: str) -> Any:
-    """A session with ORT's default options; ``config`` are session config entries with ``__`` for ``.``."""
+def session(model: bytes | str, *, threads: int = 0, optimize: bool = True, **config: str) -> Any:
+    """A session with ORT's default options; ``config`` are session config entries with ``__`` for ``.``.
+
+    Without ``optimize`` the nodes run as they are written.
+
+    Raises:
+        LowerError: QG505 the engine refuses the file.
+        VerifyError: QG610 the file bears that it would be quietly wrong on this CPU.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     config = {key.replace("__", "."): value for key, value in config.items()}
     for key, value in config.items():
         options.add_session_config_entry(key, value)
-    return _create(model, options, ", ".join(f"{k}={v}" for k, v in config.items()))
+    runner = create(model, options, ", ".join(f"{k}={v}" for k, v in config.items()))
+    if config.get("session.x64quantprecision") != "1":
+        check_cpu(runner.get_modelmeta().custom_metadata_map.get(REQUIRES, ""), f"metadata '{REQUIRES}'")
+    return runner
 
 
-def _create(model: bytes | str, options: Any, where: str = "") -> Any:
+def create(model: bytes | str, options: Any, where: str = "") -> Any:
+    """A session; raises QG505 if ORT refuses the file."""
     import onnxruntime as ort
 
     try:
@@ -104,118 +127,122 @@ def optimized_graph(model: bytes | str) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        _create(model, options)
+        create(model, options)
         return onnx.load(options.optimized_model_filepath).graph
 
 
 def kernel_nodes(written: Any, graph: Any) -> list[KernelNode]:
     """The nodes of the engine's graph under the names of the written one.
 
-    ORT keeps the name in int8 kernels, puts ``fused`` in front for an activation, and names other fused nodes after
-    their type (``BiasGelu``): such a node is known by its result, which is that of the last node in it.
+    ORT keeps the name in int8 kernels, puts ``fused`` in front for an activation and the name of a fusion behind
+    (``/GemmTransposeFusion/``), and names other fused nodes after their type (``BiasGelu``): such a node is known by
+    its result, which is that of the last node in it. A convolution over blocks of channels bears the name of its
+    result and ``_nchwc``.
     """
     from onnx import TensorProto
 
-    integers = {i.name for i in graph.initializer if i.data_type in (TensorProto.INT8, TensorProto.UINT8)}
-    names, producers = {n.name for n in written.node}, {o: n.name for n in written.node for o in n.output}
+    bytes_ = (TensorProto.INT8, TensorProto.UINT8)
+    tables = {i.name for i in graph.initializer if i.data_type in bytes_}
+    integers = {i.name for i in graph.input if i.type.tensor_type.elem_type in bytes_}
+    names, producers = {n.name for n in written.node}, {o: n for n in written.node for o in n.output}
     found = []
     for node in graph.node:
-        int8 = node.op_type in INT8_KERNELS or (node.op_type == "Gather" and node.input[0] in integers)
-        name = node.name.removeprefix("fused ")
-        known = name if name in names else producers.get(node.output[0], name)
-        found.append(KernelNode(known, node.op_type, int8))
+        moves = node.op_type in MOVERS and node.input[0] in integers
+        int8 = moves or node.op_type in INT8_KERNELS or (node.op_type == "Gather" and node.input[0] in tables)
+        if moves or _writes_integers(node):
+            integers.update(node.output)
+        found.append(KernelNode(_written_name(node, names, producers), node.op_type, int8, moves))
     return found
 
 
-def gemm_weights(model: bytes) -> dict[str, Array]:
-    """The int8 weights ``[N, K]`` of every GEMM in the file, by the name of its node."""
-    found: dict[str, Array] = {}
-    for node, operands in _gemms(model):
-        if "weight" in operands:
-            turned = any(a.name == "transB" and a.i for a in node.attribute)
-            found[node.name] = operands["weight"][0] if turned else operands["weight"][0].T
-    return found
+def _writes_integers(node: Any) -> bool:
+    """A QGemm does with a scale of its result, which is its eighth input."""
+    return (
+        node.op_type.startswith("QLinear")
+        or node.op_type == "QuantizeLinear"
+        or (node.op_type == "QGemm" and len(node.input) > 7 and node.input[7] != "")
+    )
 
 
-def bias_misfits(model: bytes) -> list[str]:
-    """The GEMMs whose int32 bias does not count in ``s_x * s_w``: the engine adds it to the accumulator unseen."""
-    return [
-        node.name
-        for node, operands in _gemms(model)
-        if "bias" in operands
-        and not ("weight" in operands and np.array_equal(operands["bias"][1], operands["x"][1] * operands["weight"][1]))
-    ]
+def _written_name(node: Any, names: set[str], producers: dict[str, Any]) -> str:
+    name = str(node.name.removeprefix("fused "))
+    blocks = producers.get(name.removesuffix("_nchwc").removesuffix("_pre_q"))
+    stem = name.removesuffix("/").rpartition("/")[0]
+    if blocks is None and (name in names or stem in names):
+        return name if name in names else stem
+    last = blocks or producers.get(node.output[0])
+    return name if last is None else str(_head(last, node.op_type, producers).name)
 
 
-def _gemms(model: bytes) -> Iterator[tuple[Any, dict[str, tuple[Array, Array]]]]:
-    """Every MatMul and Gemm, with (integers, scale) of its dequantized operands; those of x are not constants."""
+def _head(last: Any, kernel: str, producers: dict[str, Any]) -> Any:
+    """The node of the kernel's own type, in front of what it took in; the last one if none is of it."""
+    node = last
+    while node is not None and node.op_type != kernel:
+        node = producers.get(node.input[0]) if node.input else None
+    return last if node is None else node
+
+
+def product_constants(model: bytes) -> dict[str, dict[str, tuple[Array, ...]]]:
+    """Of every product in the file with a constant int8 weight, by the name of its node and by role: (scale, zero
+    point) of x, (integers, scale) of weight and bias.
+
+    A weight is ``[N, K]``, or ``[O, C / groups, *kernel]`` of a convolution.
+    """
     from onnx import numpy_helper
 
     graph = _parse(model).graph
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     producers = {o: n for n in graph.node for o in n.output}
-    for node in graph.node:
-        if node.op_type not in ("MatMul", "Gemm"):
-            continue
-        operands: dict[str, tuple[Array, Array]] = {}
+    found: dict[str, dict[str, tuple[Array, ...]]] = {}
+    for node in (n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv")):
+        operands: dict[str, tuple[Array, ...]] = {}
         for role, value in zip(("x", "weight", "bias"), node.input, strict=False):
             source = producers.get(value)
             if source is None or source.op_type != "DequantizeLinear":
                 continue
-            if role == "x" or source.input[0] in constants:
-                operands[role] = constants.get(source.input[0], np.empty(0)), constants[source.input[1]]
-        yield node, operands
+            parts = [constants.get(name, np.empty(0)) for name in source.input]
+            if role == "x":
+                operands[role] = tuple(parts[1:])
+            elif source.input[0] in constants:
+                operands[role] = tuple(parts[:2])
+        if "weight" in operands:
+            as_is = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+            weight, scale = operands["weight"]
+            found[node.name] = {**operands, "weight": (weight if as_is else weight.T, scale)}
+    return found
 
 
-def tap(model: bytes, plan: Plan) -> tuple[bytes, dict[str, tuple[str, str, str]]]:
-    """The file with the borders of every int8 region as outputs, and (border, integers, result) names by node.
+def bias_misfits(model: bytes) -> list[str]:
+    """The products whose int32 bias does not count in ``s_x * s_w``: the engine adds it to the accumulator unseen."""
+    return [
+        name
+        for name, roles in product_constants(model).items()
+        if "bias" in roles and not np.array_equal(roles["bias"][1], roles["x"][0] * roles["weight"][1])
+    ]
 
-    Taps stand only at float borders and at outputs of quantize: exposing anything else would change the kernels.
-    The caller audits the tapped file again. A region that the file does not hold, or that has no reference, gets no
-    tap; behind a kernel that writes integers the border has no name.
-    """
-    import onnx
 
+def tap(model: bytes, plan: Plan) -> tuple[bytes, dict[str, ort_taps.TapNames]]:
+    """The file with the borders of every int8 region as outputs, and their names by node; see ``ort_taps``."""
     proto = _parse(model)
-    nodes = {n.name: n for n in proto.graph.node}
-    untapped, hidden = without_reference(plan), write_integers(plan)
-    regions = ((p.node, _region(p.node, nodes)) for p in plan.predictions if p.int8 and p.node not in untapped)
-    names = {node: region for node, region in regions if region is not None}
-    inside = {o for n in proto.graph.node if owner(n.name) in hidden for o in n.output}
-    names = {node: ("" if border in inside else border, q, out) for node, (border, q, out) in names.items()}
-    known = {v.name for v in [*proto.graph.input, *proto.graph.output]}
-    for value in dict.fromkeys(v for group in names.values() for v in group if v):
-        if value not in known:
-            proto.graph.output.append(onnx.ValueInfoProto(name=value))
+    names = ort_taps.tap(proto, plan)
     return proto.SerializeToString(), names
 
 
-def _region(name: str, nodes: dict[str, Any]) -> tuple[str, str, str] | None:
-    """(border, integers, result) of the planned node's region, if it is in the file with Q and DQ around it."""
-    core = next((nodes[n] for n in (f"{name}/{op}" for op in CORES) if n in nodes), None)
-    if core is None:
-        return None
-    if core.op_type == "Gather":
-        readers = (n for n in nodes.values() if core.output[0] in n.input and n.op_type == "DequantizeLinear")
-        rows = next(readers, None)
-        return (core.input[1], core.output[0], rows.output[0]) if rows is not None else None
-    producers = {o: n for n in nodes.values() for o in n.output}
-    dequantize = producers.get(core.input[0])
-    quantize = producers.get(dequantize.input[0]) if dequantize is not None else None
-    if quantize is None or quantize.op_type != "QuantizeLinear":
-        return None
-    return quantize.input[0], quantize.output[0], nodes.get(f"{name}/Add", core).output[0]
-
-
 def run_taps(
-    tapped: bytes, names: dict[str, tuple[str, str, str]], feeds: Iterable[dict[str, Array]]
+    tapped: bytes, names: dict[str, ort_taps.TapNames], feeds: Iterable[dict[str, Array]]
 ) -> Iterator[tuple[list[RegionTap], dict[str, Array]]]:
     """Batch by batch, what the engine read and wrote at each region, and all of its outputs by name."""
     runner = session(tapped)
     outputs = [o.name for o in runner.get_outputs()]
-    for feed in feeds:
-        seen = {**feed, **dict(zip(outputs, run(runner, feed), strict=True))}
-        yield [RegionTap(node, seen.get(border), seen[q], seen[out]) for node, (border, q, out) in names.items()], seen
+    runs = ({**feed, **dict(zip(outputs, run(runner, feed), strict=True))} for feed in feeds)
+    yield from ort_taps.read_taps(runs, names)
+
+
+def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
+    """ONNX Runtime on an instruction set, for probing; see ``ort_probe.engine``."""
+    from qatgraph.backends import ort_probe
+
+    return ort_probe.engine(target, isa)
 
 
 def median_latencies(
@@ -232,14 +259,14 @@ def median_latencies(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def stamped_plan(model: bytes) -> str:
-    """The hash of the plan that the file was lowered from; empty if it bears none, or is no ONNX file."""
-
+def stamps(model: bytes) -> tuple[str, str]:
+    """The hash of the plan that the file was lowered from, and what it says that it requires of the CPU; empty if it
+    bears none, or is no ONNX file."""
     try:
         props = {p.key: p.value for p in _parse(model).metadata_props}
     except Exception:  # protobuf's own error; protobuf is onnx's dependency, not ours
-        return ""
-    return str(props.get("qatgraph.plan", ""))
+        return "", ""
+    return str(props.get("qatgraph.plan", "")), str(props.get(REQUIRES, ""))
 
 
 def interface(model: bytes) -> tuple[list[str], list[str]]:
@@ -247,36 +274,3 @@ def interface(model: bytes) -> tuple[list[str], list[str]]:
 
     graph = _parse(model).graph
     return [v.name for v in graph.input], [v.name for v in graph.output]
-
-
-@dataclass(frozen=True)
-class FileAudit:
-    """``silent_float``: nodes between Q/DQ that ORT nevertheless runs in float. ``other``: nodes never quantized."""
-
-    int8: list[KernelNode]
-    silent_float: list[KernelNode]
-    other: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "int8": [asdict(n) for n in self.int8],
-            "silent_float": [asdict(n) for n in self.silent_float],
-            "other": self.other,
-        }
-
-
-def audit_file(model: bytes) -> FileAudit:
-    """What ORT runs of any QDQ model. A float node is silent when the *engine's* graph feeds it from a dequantize."""
-    graph = optimized_graph(model)
-    nodes = kernel_nodes(_parse(model).graph, graph)
-    int8 = [k for k in nodes if k.int8]
-    lookups = {o for k, n in zip(nodes, graph.node, strict=True) if k.int8 and k.kernel == "Gather" for o in n.output}
-    dequantized = {  # the rows of an int8 table become float by a dequantize of their own
-        o for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in lookups for o in n.output
-    }
-    silent = [
-        k
-        for k, n in zip(nodes, graph.node, strict=True)
-        if not k.int8 and n.op_type not in PLUMBING and any(i in dequantized for i in n.input)
-    ]
-    return FileAudit(int8, silent, sum(n.op_type not in PLUMBING for n in graph.node) - len(int8) - len(silent))

@@ -45,7 +45,9 @@ def to_onnx(graph: Graph, plan: Plan, opset: int, metadata: dict[str, str]) -> b
         write = FORMS.get(placement.form)
         if write is not None and placement.node in owners:  # a node of constants has been folded
             write(model, owners[placement.node], placement.bias)
-    part_from_quantize(model)
+    floats = {p.node for p in plan.placements if p.placement != "int8"}
+    floats |= {p.node for p in plan.predictions if p.requant == "float-result"}
+    part_from_quantize(model, owners, [name for name in owners if name in floats])
     common.RemoveUnusedNodesPass()(model)
     _name_values(model, graph.info)
     _own_constants(model)

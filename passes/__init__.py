@@ -12,6 +12,7 @@ BUILTIN: dict[str, str] = {
     "merge-equal-operations": "MergeEqualOperations",
     "fold-constants": "FoldConstants",
     "normalize-reductions": "NormalizeReductions",
+    "fold-global-pool": "FoldGlobalPool",
     "fold-powers": "FoldPowers",
     "fold-split": "FoldSplit",
     "fold-clamp": "FoldClamp",
@@ -31,6 +32,7 @@ BUILTIN: dict[str, str] = {
     "fuse-linear-activation": "FuseLinearActivation",
     "fuse-conv-activation": "FuseConvActivation",
     "mark-residual-add": "MarkResidualAdd",
+    "fuse-add-activation": "FuseAddActivation",
     # rewrites on request
     "fold-attention-scale": "FoldAttentionScale",
     "merge-query-key-value": "MergeQueryKeyValue",
@@ -56,6 +58,7 @@ CANONICALIZE: tuple[str, ...] = (
     "merge-equal-operations",
     "fold-constants",
     "normalize-reductions",
+    "fold-global-pool",
     "fold-powers",
     "fold-split",
     "fold-clamp",
@@ -75,6 +78,7 @@ CANONICALIZE: tuple[str, ...] = (
     "fuse-linear-activation",
     "fuse-conv-activation",
     "mark-residual-add",
+    "fuse-add-activation",
 )
 
 # What pays on some engines only: a pipeline names them, or `passes=` of plan and prepare.

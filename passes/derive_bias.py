@@ -8,12 +8,13 @@ from typing import Any
 
 from qatgraph.ir.graph import Graph
 from qatgraph.planning.constraints import Author, Constraint, Port
+from qatgraph.rewriting.channels import LAYERS
 from qatgraph.rewriting.passes import PlanningPass
 
 
 @dataclass(frozen=True)
 class DeriveBias(PlanningPass):
-    """Put the bias of a linear on the grid of its accumulator, where the target wants an integer bias.
+    """Put the bias of a linear or convolution on the grid of its accumulator, where the target wants an integer bias.
 
     What: the bias gets the scale ``s_x * s_w`` in int32, zero point 0.
     Why: an engine adds it to the int32 accumulator without any rescaling.
@@ -26,7 +27,7 @@ class DeriveBias(PlanningPass):
 
     def state(self, graph: Graph, context: Any) -> Iterator[Constraint]:
         for fact in context.facts:
-            if fact.kind == "linear" and fact.parameter("bias") is not None:
+            if fact.kind in LAYERS and fact.parameter("bias") is not None:
                 n = fact.name
                 yield Constraint(
                     "derive",

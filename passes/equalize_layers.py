@@ -19,7 +19,10 @@ from qatgraph.rewriting.passes import GraphPass, changes_grid
 
 # f(s x) = s f(x) for s > 0, element by element
 HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "dropout")
-POOLS = {f"{kind}{n}d": n for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)}
+POOLS = {
+    "global_avg_pool": 2,
+    **{f"{kind}{n}d": n for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)},
+}
 SWEEPS = 100  # over all links; each sweep lowers the largest weights that are out of balance, a few are enough
 DEAD = 2.0**-40  # a channel below it says nothing, and scaled up, its smallest values would come out of rounding
 

@@ -17,12 +17,17 @@ from qatgraph.rewriting.pattern import Alt, Any, Match, Number, Op, Refusal
 _BOUNDS = {"hardtanh": ("min_val", "max_val")}  # the names of the bounds, where they are not min and max
 
 
+def _whole(bound: Anything) -> bool:
+    """A bound that is written as an integer: the exporter then takes another operation than for a float."""
+    return isinstance(bound, int)
+
+
 @dataclass(frozen=True)
 class FoldClamp(RewritePass):
     """Write every limit as one operation: ``clamp(x, min, max)``, or ``relu(x)``.
 
     What: ``hardtanh``, ``relu6``, ``clip``, ``clamp_min``, ``clamp_max``, ``minimum`` and ``maximum`` with a number
-        become ``clamp``; two limits in a row become one; a clamp at 0 from below alone is ``relu``.
+        become ``clamp``; two limits in a row become one; a clamp at 0 from below alone is ``relu``; bounds are floats.
     Why: patterns and targets read both bounds at one place.
     Before and after: ``hardtanh(x, 0, 6)`` becomes ``clamp(x, 0, 6)``.
     Refuses: integers; limits that exclude each other; a bound of another type or larger shape.
@@ -38,6 +43,8 @@ class FoldClamp(RewritePass):
         Op("minimum|maximum", Any("x"), Number(None, "bound"), name="out"),
         Op("hardtanh|relu6|clip|clamp_min|clamp_max", Any("x"), name="out"),
         Op("clamp", Any("x"), name="out", where={"min": 0.0, "max": None}),
+        Op("clamp", Any("x"), name="out", where={"min": _whole}),
+        Op("clamp", Any("x"), name="out", where={"max": _whole}),
     )
 
     def check(self, match: Match) -> Refusal | None:

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from qatgraph.ir.graph import Graph, arguments
-from qatgraph.ir.meta import record
+from qatgraph.ir.graph import Graph, arguments, set_argument
+from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage
 from qatgraph.planning.plan import Plan, Quantizer
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.rewriting.edit import Edit
+from qatgraph.rewriting.matcher import attribute
 from qatgraph.rewriting.passes import GraphPass, same
 from qatgraph.specs import ScaleRule
 
@@ -50,9 +51,11 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
     path = attribute_path(owner, quantizer.name.removeprefix(owner).removeprefix(":"))
     module: FakeQuantize
     if first.role == "weight":
-        module = WeightFakeQuantize(quantizer.spec)
+        weight, axis = value_of(dict(arguments(nodes[first.node]))["weight"]), quantizer.spec.axis
+        module = WeightFakeQuantize(quantizer.spec, None if axis is None else weight.shape[axis])
     else:
-        module = ActivationFakeQuantize(quantizer.spec, quantizer.observer)
+        bounds = [b for p in quantizer.ports if p.role == "out" and (b := _bound(nodes[p.node])) is not None]
+        module = ActivationFakeQuantize(quantizer.spec, quantizer.observer, min(bounds, default=None))
     # a producer that writes integers comes first: then its readers already read the quantized value; and of the readers
     # the one that runs first, since the others read what is made in front of it
     for port in sorted(quantizer.ports, key=lambda p: (p.role != "out", nodes[p.node])):
@@ -65,6 +68,12 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
             _on_argument(node, port.role, path, module, edit)
 
 
+def _bound(node: fx.Node) -> float | None:
+    """The largest value that a clamp lets through."""
+    bound = attribute(node, "max") if record(node).kind == "clamp" else None
+    return float(bound) if isinstance(bound, (int, float)) else None
+
+
 def _on_result(node: fx.Node, path: str, module: FakeQuantize, edit: Edit, *more: fx.Node) -> None:
     """Every user of the node reads the quantized result."""
     users = list(node.users)
@@ -74,10 +83,8 @@ def _on_result(node: fx.Node, path: str, module: FakeQuantize, edit: Edit, *more
 
 
 def _on_argument(node: fx.Node, role: str, path: str, module: FakeQuantize, edit: Edit) -> None:
-    index = [r for r, _ in arguments(node)].index(role)
-    source = node.args[index]
-    assert isinstance(source, fx.Node)
+    source = dict(arguments(node))[role]
     if source.target == path:
         return
     known = next((u for u in source.users if u.target == path and u.args[0] is source), None)
-    node.update_arg(index, known or edit.module(path, module, source, at=node, near=node))
+    set_argument(node, role, known or edit.module(path, module, source, at=node, near=node))

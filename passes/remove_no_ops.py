@@ -26,8 +26,8 @@ class RemoveNoOps(GraphPass):
     """Remove operations that change nothing, and everything that no output needs.
 
     What: assertions on metadata, casts to the same type, slices of everything, expands and reshapes to the
-        same shape, padding and dropout of nothing, copies of values that nobody writes; then dead nodes (an unused
-        pooler).
+        same shape, padding and dropout of nothing, factors and divisors of 1, copies of values that nobody writes; then
+        dead nodes (an unused pooler).
     Why: they hide patterns and would each become a node of the artifact.
     Before and after: ``x -> to(float32) -> linear`` becomes ``x -> linear``.
     Refuses: nothing; an operation that might change something stays; a copy stays where the model writes in place, or
@@ -78,7 +78,9 @@ def _changes_nothing(kind: str, node: fx.Node, source: fx.Node) -> bool:
 
 
 def _of_nothing(kind: str, node: fx.Node) -> bool:
-    """Padding by no element, or dropout at no rate."""
+    """Padding by no element, dropout at no rate, or a factor or divisor of 1."""
     if kind == "pad":
         return not any(attribute(node, "pad"))
+    if kind in ("mul", "div"):
+        return attribute(node, "other") == 1 if isinstance(attribute(node, "other"), (int, float)) else False
     return kind == "dropout" and bool(attribute(node, "p") == 0)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         calibrate,
         canonicalize,
         capture,
+        correct_biases,
         lower,
         plan,
         prepare,
+        probe,
         verify,
     )
     from qatgraph.errors import QatgraphError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from qatgraph.planning.plan import Plan
     from qatgraph.planning.recipe import Override, Recipe
     from qatgraph.planning.target import Target
+    from qatgraph.probing.cases import Realized
     from qatgraph.report.report import Report
     from qatgraph.rewriting.bisect import bisect
     from qatgraph.rewriting.edit import Edit
@@ -63,6 +66,7 @@ _HOME = {
     "Plan": "planning.plan",
     "PlanningPass": "rewriting.passes",
     "QatgraphError": "errors",
+    "Realized": "probing.cases",
     "Recipe": "planning.recipe",
     "Report": "report.report",
     "RewritePass": "rewriting.passes",
@@ -72,12 +76,14 @@ _HOME = {
     "calibrate": "api",
     "canonicalize": "api",
     "capture": "api",
+    "correct_biases": "api",
     "changes_grid": "rewriting.passes",
     "distill": "training.loop",
     "lower": "api",
     "pin": "planning.constraints",
     "plan": "api",
     "prepare": "api",
+    "probe": "api",
     "register_operation": "operators",
     "same": "rewriting.passes",
     "verify": "api",
@@ -107,6 +113,7 @@ __all__ = [
     "Plan",
     "PlanningPass",
     "QatgraphError",
+    "Realized",
     "Recipe",
     "Report",
     "RewritePass",
@@ -116,12 +123,14 @@ __all__ = [
     "calibrate",
     "canonicalize",
     "capture",
+    "correct_biases",
     "changes_grid",
     "distill",
     "lower",
     "pin",
     "plan",
     "prepare",
+    "probe",
     "register_operation",
     "same",
     "verify",

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from qatgraph.engines import Simulator
     from qatgraph.frontend.inputs import DynamicShapes
     from qatgraph.ir.graph import Batch, Graph
     from qatgraph.planning.plan import Plan
     from qatgraph.planning.recipe import Recipe
     from qatgraph.planning.target import Target
+    from qatgraph.probing.report import ProbeReport
     from qatgraph.report.report import Report
     from qatgraph.rewriting.passes import Pass
 
@@ -152,8 +154,15 @@ def prepare(graph: Graph, plan: Plan, *, passes: Sequence[Pass] = ()) -> torch.n
     return prepared.module
 
 
-def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> list[str]:
+    """Find the grids on batches; returns what is odd about them. See ``qatgraph.calibration.calibrate``."""
     from qatgraph.calibration import calibrate as run
+
+    return run(qat, batches, progress=progress)
+
+
+def correct_biases(qat: torch.nn.Module, batches: Sequence[Batch], *, progress: bool = True) -> None:
+    from qatgraph.bias_correction import correct_biases as run
 
     run(qat, batches, progress=progress)
 
@@ -240,3 +249,43 @@ def verify(
         raise VerifyError("QG604", f"there is no file '{path.name}'", where=str(path.parent), todo="lower first")
     backend = load_backend(Graph.prepared(qat).info.plan)
     return prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)
+
+
+def probe(
+    target: str | Target,
+    *,
+    engine: Simulator | None = None,
+    isa: str = "native",
+    rows: str = "*",
+    examples: int = 50,
+    progress: bool = True,
+) -> ProbeReport:
+    """Run every row of a target as small models, and find the smallest that its engine does not honour.
+
+    Args:
+        target: a name, a TOML file, or a table.
+        engine: a function ``Case -> Realized`` in place of the engine of the target's backend.
+        isa: the instruction set; other ones than the machine's own are emulated.
+        rows: a glob of row ids.
+        examples: so many models a row.
+        progress: show a bar.
+
+    Raises:
+        TargetError: QG406 an operation of which there is no small model, QG407 no such row, QG408 hypothesis is not
+            installed, QG409 no such instruction set, QG410 no engine, QG411 the engine gives something else.
+        VerifyError: QG608 there is no emulator, QG609 it died.
+    """
+    from qatgraph.planning.target import load_target
+
+    try:
+        from qatgraph.probing.search import probe as run
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        todo = "install it: pip install 'qatgraph[probe]'"
+        raise TargetError("QG408", "probing needs hypothesis", where="probe", why=str(error), todo=todo) from error
+    from qatgraph.engines import open_engine
+
+    table = load_target(target) if isinstance(target, str) else target
+    with open_engine(table, isa, engine) as ready:
+        return run(table, ready, rows=rows, examples=examples, progress=progress)

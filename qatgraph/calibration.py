@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from urllib.parse import unquote
 
 import torch
+from torch import fx
 
 from qatgraph.errors import TrainError
 from qatgraph.ir.graph import Batch, Graph
+from qatgraph.ir.masks import weight_of
+from qatgraph.ir.meta import record
+from qatgraph.ir.names import quantizer_name
 from qatgraph.progress import track
-from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize
+from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.findings import findings
+from qatgraph.quantizers.grids import bias_floor
+from qatgraph.regions import behind_padding
 
 
-def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> list[str]:
     """Run batches through a prepared model, then fix every grid and switch the quantizers on.
 
     Every call starts anew: it observes the float model (with its present weights), and what an earlier calibration saw
@@ -25,6 +31,9 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
         qat: what ``qatgraph.prepare`` returned.
         batches: any iterable of batches (a tensor, a tuple of positional or a dict of keyword arguments each).
         progress: show a progress bar on the terminal.
+
+    Returns:
+        What is odd about the grids, in sentences: see ``quantizers.findings``.
 
     Raises:
         TrainError: QG701 no batch, QG702 NaN or infinity in an activation.
@@ -50,6 +59,30 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
         module.settle()
     for other in quantizers.values():
         other.switch_on()
+    make_room_for_biases(graph)
+    return findings(graph)
+
+
+def make_room_for_biases(graph: Graph) -> None:
+    """No weight scale is so small that the bias of its channel, in units of ``s_x * s_w``, would overflow int32."""
+    modules = dict(graph.module.named_modules(remove_duplicate=False))
+    for module in modules.values():
+        if isinstance(module, WeightFakeQuantize):
+            module.floor.zero_()
+    integer = {p.node for p in graph.info.plan.placements if p.bias == "int32"}
+    for node in (n for n in graph.nodes if record(n).name in integer):
+        x, weight = (modules[str(_past_dropout(a, modules).target)] for a in node.args[:2])
+        bias = weight_of(node.args[2])
+        assert isinstance(x, ActivationFakeQuantize)
+        assert isinstance(weight, WeightFakeQuantize)
+        assert bias is not None
+        weight.floor.copy_(torch.maximum(weight.floor, bias_floor(bias.tensor, x.scale, weight.spec)))
+
+
+def _past_dropout(argument: object, modules: dict[str, torch.nn.Module]) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    dropout = isinstance(modules.get(str(argument.target)), torch.nn.Dropout)
+    return _past_dropout(argument.args[0], modules) if dropout else behind_padding(argument)
 
 
 @contextmanager
@@ -84,7 +117,7 @@ def _check_range(path: str, module: ActivationFakeQuantize) -> None:
         raise TrainError(
             "QG702",
             "an activation contains NaN or infinity",
-            where=unquote(path).replace(".:", ":").removeprefix(":"),  # the plan's name of the quantizer
+            where=quantizer_name(path),
             why="no scale can be computed for it (a mask of -inf, an overflow, or bad data)",
             todo="pin the node in float with a recipe line, or clean the data",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import unquote
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,12 +12,13 @@ from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.masks import Weight, masked, weight_of
 from qatgraph.ir.meta import record
-from qatgraph.ir.names import attribute_path
+from qatgraph.ir.names import attribute_path, quantizer_name
 from qatgraph.ir.stages import Stage, verify_structure
 from qatgraph.operators import DEQUANTIZE, QUANTIZE
 from qatgraph.planning.plan import Plan
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.quantizers.grids import STORAGE
+from qatgraph.regions import behind_padding
 from qatgraph.rewriting.edit import Edit
 from qatgraph.specs import DType
 
@@ -29,7 +30,7 @@ def convert(prepared: Graph) -> Graph:
 
     Raises:
         LowerError: QG501 a quantizer has not been calibrated, QG502 a bias does not fit into int32, QG507 a weight
-            contains NaN or infinity.
+            contains NaN or infinity, QG515 a scale is no normal number.
     """
     prepared = Graph(prepared.module)
     graph = prepared.clone()
@@ -62,16 +63,30 @@ def _uncalibrated(node: fx.Node) -> LowerError:
     return LowerError(
         "QG501",
         "a quantizer has not been calibrated",
-        where=unquote(str(node.target)).replace(".:", ":").removeprefix(":"),  # the plan's name of the quantizer
+        where=quantizer_name(str(node.target)),
         why="its grid is unknown",
         todo="call qatgraph.calibrate(qat, batches), or load a state_dict of a calibrated model",
     )
+
+
+def _check_scale(scale: torch.Tensor, where: str) -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    wrong = ~(torch.isfinite(scale) & (scale >= tiny))
+    if bool(wrong.any()):
+        raise LowerError(
+            "QG515",
+            "a scale is no positive normal number",
+            where=where,
+            why=f"it is {float(scale[wrong][0]):g}: engines divide by it, and some take a denormal for zero",
+            todo="calibrate again on data that moves this value, or pin the node that reads it in float",
+        )
 
 
 def _activation(node: fx.Node, module: ActivationFakeQuantize, edit: Edit) -> None:
     source, path, users = node.args[0], str(node.target), list(node.users)
     assert isinstance(source, fx.Node)
     kind = STORAGE[module.spec.dtype]
+    _check_scale(module.scale, quantizer_name(path))
     scale = edit.constant(f"{path}/scale", module.scale.detach().clone(), node)
     zero = edit.constant(f"{path}/zero_point", module.zero_point.detach().to(kind), node)
     q = edit.custom(QUANTIZE, source, scale, zero, at=node, near=node, kind="quantize")
@@ -120,6 +135,7 @@ def _integer_weight(
             todo="look for the step at which training diverged; lower an earlier state",
         )
     integers, scale = module.integers(weight)
+    _check_scale(scale, str(source.parameter.target))
     q = edit.constant(f"{path}/int8", integers, at)
     return (
         q,
@@ -133,10 +149,11 @@ def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
     nodes = {record(n).name: n for n in graph.nodes}
     for name in names:
         node = nodes[name]
-        x, weight, bias = (arg for _, arg in list(arguments(node))[:3])
+        source, weight, bias = (arg for _, arg in list(arguments(node))[:3])
+        x: Any = behind_padding(source)
         scale = _parameter(graph, x.args[1]) * _parameter(graph, weight.args[1])
         steps = _weight_behind(bias).tensor.double() / scale.double()
-        sums = _parameter(graph, weight.args[0]).double().abs().sum(1) * WIDEST
+        sums = _parameter(graph, weight.args[0]).double().abs().flatten(1).sum(1) * WIDEST
         top = float((steps.abs() + sums).max())
         if not top <= DType.S32.qmax:  # also when it is NaN
             raise LowerError(
@@ -144,7 +161,8 @@ def _biases(names: list[str], graph: Graph, edit: Edit) -> None:
                 f"the bias of '{name}' does not fit into int32",
                 where=f"{name}.bias",
                 why=f"with the products it may reach {top:.3g} accumulator steps, and the engine's sum would wrap",
-                todo="write the bias in float: bias = 'row' in a recipe line for this node",
+                todo="calibrate again after training, which makes room for it, write the bias in float (bias = 'row' "
+                "in a recipe line for this node), or keep the node in float",
             )
         q = torch.round(steps).to(torch.int32)
         owner = record(node).module  # by port: a bias that two linears read has two grids

@@ -69,7 +69,8 @@ class Training(UserModel):
 class Job(UserModel):
     """``model`` and ``data`` are ``file.py:function``, relative to the job; both are called with ``seed=`` and their
     options. ``dynamic_shapes`` lists, for each input, the name of each axis (empty: fixed). ``threads`` are torch's
-    (0: its default): a tiny model is faster with one, and sums in float depend on them."""
+    (0: its default): a tiny model is faster with one, and sums in float depend on them. ``correct_biases`` does so
+    after calibration, on its batches."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # it names files and a folder
     model: str
@@ -83,6 +84,7 @@ class Job(UserModel):
     dims: dict[str, Dim] = Field(default_factory=dict)
     model_options: dict[str, Any] = Field(default_factory=dict)
     data_options: dict[str, Any] = Field(default_factory=dict)
+    correct_biases: bool = False
     training: Training = Training()
 
     def shapes(self) -> dict[str, dict[int, Any]]:

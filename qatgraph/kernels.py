@@ -10,11 +10,16 @@ from qatgraph.planning.plan import Plan, Prediction
 
 @dataclass(frozen=True)
 class KernelNode:
-    """One node of the graph that the engine really runs. ``int8``: it reads 8-bit integers."""
+    """One node of the graph that the engine really runs.
+
+    ``int8``: it reads 8-bit integers. ``moves``: it only moves or picks elements of an activation, which an engine may
+    do before or behind a quantize as it likes.
+    """
 
     name: str
     kernel: str
     int8: bool
+    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,28 @@ def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch
         if not _honoured(prediction, have):
             found.append(Mismatch(prediction.node, prediction.row, _wanted(prediction), _seen(have)))
     for name, nodes in by_owner.items():
-        stray = [n for n in nodes if n.int8]
+        stray = [n for n in nodes if n.int8 and not n.moves]
         if stray and plan.prediction(name) is None:
             found.append(Mismatch(name, "no row", "no int8 kernel", _seen(stray)))
     return found
 
 
 def _honoured(prediction: Prediction, have: Iterable[KernelNode]) -> bool:
-    """One node runs the kernel in the predicted precision, and none runs in the other; no kernel is no promise."""
+    """One node runs the kernel in the predicted precision, and none runs in the other.
+
+    No kernel in float is no promise; no kernel in int8 promises that nothing is left of the node.
+    """
+    if prediction.int8 and not prediction.kernel:
+        return not list(have)
     kernels = prediction.kernel.split("|")
     right = [n for n in have if (not prediction.kernel or n.kernel in kernels) and n.int8 == prediction.int8]
-    wrong = [n for n in have if n.int8 and not prediction.int8]
+    wrong = [n for n in have if n.int8 and not n.moves and not prediction.int8]
     return (bool(right) or not prediction.kernel) and not wrong
 
 
 def _wanted(prediction: Prediction) -> str:
+    if prediction.int8 and not prediction.kernel:
+        return "no kernel of its own"
     return f"{'int8' if prediction.int8 else 'float'} {prediction.kernel.replace('|', ' or ')}"
 
 

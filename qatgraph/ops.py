@@ -34,6 +34,15 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("conv3d", ("aten.conv3d.default",), ("x", "weight", "bias")),
     OpKind("conv_transpose1d", ("aten.conv_transpose1d.default",), ("x", "weight", "bias")),
     OpKind("conv_transpose2d", ("aten.conv_transpose2d.input",), ("x", "weight", "bias")),
+    OpKind("max_pool1d", ("aten.max_pool1d.default",)),
+    OpKind("max_pool2d", ("aten.max_pool2d.default",)),
+    OpKind("max_pool3d", ("aten.max_pool3d.default",)),
+    OpKind("avg_pool1d", ("aten.avg_pool1d.default",)),
+    OpKind("avg_pool2d", ("aten.avg_pool2d.default",)),
+    OpKind("avg_pool3d", ("aten.avg_pool3d.default",)),
+    OpKind("adaptive_avg_pool2d", ("aten.adaptive_avg_pool2d.default",), ("x", "size")),
+    OpKind("pad", ("aten.pad.default",), ("x", "pad")),
+    OpKind("cat", ("aten.cat.default",), ("x", "dim")),
     OpKind("softmax", ("aten.softmax.int",), ("x", "dim")),
     OpKind("safe_softmax", ("aten._safe_softmax.default",), ("x", "dim")),
     OpKind("attention", ("aten.scaled_dot_product_attention.default",), ("query", "key", "value", "mask")),
@@ -41,6 +50,7 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("silu", ("aten.silu.default",)),
     OpKind("relu", ("aten.relu.default",)),
     OpKind("clamp", ("aten.clamp.default",), ("x", "min", "max")),
+    OpKind("leaky_relu", ("aten.leaky_relu.default",)),
     OpKind("sigmoid", ("aten.sigmoid.default",)),
     OpKind("tanh", ("aten.tanh.default",)),
     OpKind("erf", ("aten.erf.default",)),
@@ -71,7 +81,7 @@ KINDS: tuple[OpKind, ...] = (
 BY_TARGET: dict[str, OpKind] = {target: kind for kind in KINDS for target in kind.targets}
 BY_NAME: dict[str, OpKind] = {kind.name: kind for kind in KINDS}
 # Kinds that a pass gives to a node whose ATen operator stays the same.
-REFINED: dict[str, str] = {"residual_add": "add"}
+REFINED: dict[str, str] = {"residual_add": "add", "global_avg_pool": "adaptive_avg_pool2d"}
 
 
 def kind_of_target(target: str) -> str:

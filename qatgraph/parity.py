@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from qatgraph import reference
-from qatgraph.ir.graph import Graph, arguments
+from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import record
-from qatgraph.operators import DEQUANTIZE
-from qatgraph.planning.plan import Plan
+from qatgraph.planning.plan import Plan, Prediction
 from qatgraph.reference import Array
+from qatgraph.regions import RESULTS, Region
 
-Step = Callable[[Array], Array]
 FLOAT_LIMIT = 1e-6  # of the largest value of the region; integers have to be equal
 
 
@@ -23,27 +20,34 @@ FLOAT_LIMIT = 1e-6  # of the largest value of the region; integers have to be eq
 class RegionTap:
     """What the engine read and wrote at one region, for one batch.
 
-    ``border`` is the float tensor in front of the quantize and ``integers`` what it became (for a table: the
-    indices and the looked-up integers); ``out`` the float result, bias included. There is no border behind a kernel
-    that writes integers.
+    Of each activation that it reads, ``borders`` holds the float tensor in front of the quantize and ``integers`` what
+    it became (for a table: the indices and the looked-up integers). There is no border behind a kernel that writes
+    integers. ``out`` is the result: float, bias included, or the integers that the kernel writes.
     """
 
     node: str
-    border: Array | None
-    integers: Array
+    borders: tuple[Array | None, ...]
+    integers: tuple[Array, ...]
     out: Array
 
 
 @dataclass
 class RegionParity:
-    """``float_rel``: largest difference over the largest value; ``steps`` and ``off``: of the quantize in front."""
+    """``float_rel``: of a float result, the largest difference over the largest value. ``steps`` and ``off``: of the
+    integers in front; ``out_steps`` and ``out_off``: of those that the kernel writes, which may differ by ``allowed``.
+    ``first``: the first value that is beyond that.
+    """
 
     node: str
+    allowed: int = 0
     elements: int = 0
     float_rel: float = 0.0
     integers: int = 0
     steps: int = 0
     off: int = 0
+    out_steps: int = 0
+    out_off: int = 0
+    first: str = ""
     misfit: str = ""
 
     @property
@@ -52,26 +56,56 @@ class RegionParity:
             return self.misfit
         if not self.float_rel <= FLOAT_LIMIT:
             return f"float outputs differ by {self.float_rel:.3g} of the largest value (limit {FLOAT_LIMIT:g})"
-        return f"{self.off} of {self.integers} integers differ, by up to {self.steps} steps" if self.off else ""
+        if self.off:
+            return f"{self.off} of {self.integers} integers differ, by up to {self.steps} steps; first {self.first}"
+        if self.out_steps > self.allowed:
+            return (
+                f"{self.out_off} of {self.elements} integers that it writes differ, by up to {self.out_steps} steps "
+                f"(its row allows {self.allowed}); first {self.first}"
+            )
+        return ""
 
-    def compare_integers(self, have: Array, want: Array) -> None:
+    def compare_inputs(self, have: Array, want: Array) -> None:
         if self._fits(have, want, "integers"):
-            steps = np.abs(want.astype(np.int64) - have.astype(np.int64))
+            steps = _steps(have, want)
             self.integers += steps.size
             self.steps = max(self.steps, int(steps.max(initial=0)))
             self.off += int((steps > 0).sum())
+            self.first = self.first or _first(have, want, steps > 0)
 
-    def compare_floats(self, have: Array, want: Array) -> None:
-        if self._fits(have, want, "outputs"):
-            self.elements += want.size
-            top = float(np.abs(want).max(initial=0.0)) or 1.0
-            difference = float(np.abs(want - have).max(initial=0.0)) / top
-            self.float_rel = max(self.float_rel, difference if np.isfinite(difference) else float("inf"))
+    def compare_result(self, have: Array, want: Array) -> None:
+        if not self._fits(have, want, "outputs"):
+            return
+        self.elements += want.size
+        if want.dtype.kind in "iu":
+            steps = _steps(have, want)
+            self.out_steps = max(self.out_steps, int(steps.max(initial=0)))
+            self.out_off += int((steps > 0).sum())
+            self.first = self.first or _first(have, want, steps > self.allowed)
+            return
+        top = float(np.abs(want).max(initial=0.0)) or 1.0
+        difference = float(np.abs(want - have).max(initial=0.0)) / top
+        self.float_rel = max(self.float_rel, difference if np.isfinite(difference) else float("inf"))
 
     def _fits(self, have: Array, want: Array, what: str) -> bool:
-        if have.shape != want.shape:
-            self.misfit = f"{what} of shape {list(have.shape)}, where the reference has {list(want.shape)}"
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            self.misfit = (
+                f"{what} are {have.dtype} of shape {list(have.shape)}, "
+                f"where the reference has {want.dtype} of {list(want.shape)}"
+            )
         return not self.misfit
+
+
+def _first(have: Array, want: Array, beyond: Array) -> str:
+    """The first value that is beyond what is allowed, and where it stands; empty if none is."""
+    if not beyond.any():
+        return ""
+    at = tuple(int(i) for i in np.argwhere(beyond)[0])
+    return f"at {list(at)}: {have[at]}, where the reference has {want[at]}"
+
+
+def _steps(have: Array, want: Array) -> Array:
+    return np.abs(want.astype(np.int64) - have.astype(np.int64))
 
 
 def write_integers(plan: Plan) -> set[str]:
@@ -79,63 +113,36 @@ def write_integers(plan: Plan) -> set[str]:
     return {p.node for q in plan.quantizers for p in q.ports if p.role == "out"}
 
 
+def has_region(prediction: Prediction, kind: str) -> bool:
+    """Whether the oracle knows what the kernel of a node computes."""
+    return prediction.int8 and bool(prediction.kernel) and prediction.requant != "" and kind in RESULTS
+
+
 def without_reference(plan: Plan) -> list[str]:
-    """The int8 nodes that have no region of their own to compare: of a kind that the integer reference does not
-    know (a user's operation), or written as integers. What torch makes of them stands in for the reference."""
-    kinds, hidden = {f.name: f.kind for f in plan.nodes}, write_integers(plan)
-    return [p.node for p in plan.predictions if p.int8 and (p.node in hidden or kinds[p.node] not in REFERENCES)]
+    """The int8 nodes that have no region of their own to compare, since the oracle does not know what they compute: a
+    user's operation, or a row that does not say. What torch makes of them stands in for the reference.
+
+    What only moves integers needs none: those behind it have to be equal.
+    """
+    kinds = {f.name: f.kind for f in plan.nodes}
+    computes = (p for p in plan.predictions if p.int8 and p.kernel and p.requant != "moved")
+    return [p.node for p in computes if not has_region(p, kinds[p.node])]
 
 
-def compare_regions(qdq: Graph, taps: Iterable[RegionTap]) -> dict[str, RegionParity]:
-    """Compare every tap with the reference computed from ``qdq``'s own constants (not from the file)."""
+def compare_regions(qdq: Graph, taps: Iterable[RegionTap], *, without_vnni: bool = False) -> dict[str, RegionParity]:
+    """Compare every tap with the reference computed from ``qdq``'s own constants (not from the file).
+
+    ``without_vnni``: the taps are of x86 with AVX2 and no VNNI, where pair sums saturate.
+    """
     nodes = {record(n).name: n for n in qdq.nodes}
+    allowed = {p.node: p.deviation for p in qdq.info.plan.predictions}
     found: dict[str, RegionParity] = {}
     for tap in taps:
-        region = found.setdefault(tap.node, RegionParity(tap.node))
-        integers, result = REFERENCES[record(nodes[tap.node]).kind](qdq, nodes[tap.node])
-        if tap.border is not None:
-            region.compare_integers(tap.integers, integers(tap.border))
-        if not region.misfit:
-            region.compare_floats(tap.out, result(tap.integers))
+        parity = found.setdefault(tap.node, RegionParity(tap.node, allowed[tap.node]))
+        region = Region.of(qdq, nodes[tap.node], without_vnni=without_vnni)
+        for border, integers, step in zip(tap.borders, tap.integers, region.quantize_steps(), strict=True):
+            if border is not None and not parity.misfit:
+                parity.compare_inputs(integers, step(border))
+        if not parity.misfit:
+            parity.compare_result(tap.out, region.result()(*tap.integers))
     return found
-
-
-def _linear(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:
-    """What the quantize in front makes of the border, and what the linear makes of those integers."""
-    roles = dict(arguments(node))
-    x_scale, x_zero = (_constant(qdq, n) for n in roles["x"].args[1:3])
-    weight, w_scale = (_constant(qdq, n) for n in roles["weight"].args[:2])
-    scale, zero = (_constant(qdq, n) for n in roles["x"].args[0].args[1:3])
-    bias = _bias(qdq, roles.get("bias"), x_scale * w_scale)
-    return (
-        lambda border: reference.quantize(border, scale, zero),
-        lambda q: reference.linear(q, x_scale, int(x_zero), weight, w_scale, bias),
-    )
-
-
-def _bias(qdq: Graph, node: torch.fx.Node | None, unit: Array) -> Array | None:
-    """An int32 bias as it is, since an engine adds it to the accumulator; as the float that it stands for if it
-    counts in other units than the accumulator."""
-    if node is None:
-        return None
-    if node.target is not DEQUANTIZE:
-        return _constant(qdq, node)
-    value, scale, zero = (_constant(qdq, n) for n in node.args[:3])  # type: ignore[arg-type]
-    return value if np.array_equal(scale, unit) else reference.dequantize(value, scale, zero, axis=0)
-
-
-def _lookup(qdq: Graph, node: torch.fx.Node) -> tuple[Step, Step]:
-    """What the table holds at the indices, and what the dequantize makes of it."""
-    table = _constant(qdq, node.args[0])  # type: ignore[arg-type]
-    rows = next(iter(node.users))
-    scale, zero = (_constant(qdq, n) for n in rows.args[1:3])  # type: ignore[arg-type]
-    return lambda indices: table[indices], lambda q: reference.dequantize(q, scale, zero)
-
-
-REFERENCES = {"linear": _linear, "embedding": _lookup}
-
-
-def _constant(qdq: Graph, node: torch.fx.Node) -> Array:
-    tensor = qdq.parameter(node)
-    assert tensor is not None, f"{node} is not a constant"
-    return tensor.detach().cpu().numpy()

@@ -12,12 +12,14 @@ from torch import fx
 from qatgraph import fidelity, reference
 from qatgraph.conversion import convert
 from qatgraph.errors import VerifyError
-from qatgraph.ir.graph import Batch, Graph, arguments, bind
+from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.ir.meta import record
 from qatgraph.kernels import compare_kernels, owner
-from qatgraph.parity import RegionTap, compare_regions, without_reference
+from qatgraph.parity import RegionTap, compare_regions, has_region, without_reference
 from qatgraph.planning.plan import Plan
-from qatgraph.report.machine import has_vnni, isa
+from qatgraph.quantizers.findings import findings
+from qatgraph.regions import Region
+from qatgraph.report.machine import check_cpu, has_vnni, isa
 from qatgraph.report.report import NOT_RUN, Report
 
 REGION_BATCHES = 4  # batches on which every region is compared with the reference
@@ -31,6 +33,13 @@ def feed_of(graph: Graph, batch: Batch) -> dict[str, reference.Array]:
     return {n: t.detach().cpu().numpy() for n, t in zip(graph.info.inputs, leaves, strict=True)}
 
 
+def _one_sample(graph: Graph, feed: dict[str, reference.Array]) -> dict[str, reference.Array]:
+    """The first sample of a batch, if all inputs move along their first axis under one name: an emulator is slow."""
+    first = {graph.info.inputs[d.leaf]: d.name for d in graph.info.dims if d.axis == 0}
+    alone = set(first) == set(feed) and len(set(first.values())) == 1
+    return {name: array[:1] for name, array in feed.items()} if alone else feed
+
+
 def prove(
     backend: Any,
     qat: torch.nn.Module,
@@ -42,15 +51,16 @@ def prove(
     """Every check on one artifact; the report lists what failed.
 
     Raises:
-        VerifyError: QG602 no batch, QG603 the file bears the hash of another plan.
+        VerifyError: QG602 no batch, QG603 the file bears the hash of another plan, QG610 the target requires more than
+            this CPU has.
     """
     graph = Graph.prepared(qat)
     plan: Plan = graph.info.plan
     if not batches:
         raise VerifyError("QG602", "there is no batch to verify on", where="verify", todo="give at least one batch")
-    report = Report(target=plan.target, notes=list(graph.info.notes))
+    report = Report(target=plan.target, notes=[*graph.info.notes, *findings(graph)])
     report.files = {"onnx": {"bytes": len(model)}, "how": "bytes of the file that was verified"}
-    stamped = backend.stamped_plan(model)
+    stamped, requires = backend.stamps(model)
     if stamped != plan.hash():
         raise VerifyError(
             "QG603",
@@ -59,6 +69,11 @@ def prove(
             why=f"it bears {stamped[:12] or 'no plan'}, the plan is {plan.hash()[:12]}",
             todo="lower again, or verify with the plan that the file was made from",
         )
+    check_cpu(plan.requires, f"target '{plan.target}'")
+    if requires != plan.requires:
+        report.failures.append(
+            f"the file bears that it requires '{requires}' of a CPU, its plan requires '{plan.requires}'"
+        )
     have = dict(zip(("inputs", "outputs"), backend.interface(model), strict=True))
     for what, want in (("inputs", graph.info.inputs), ("outputs", graph.info.outputs)):
         if have[what] != list(want):
@@ -66,8 +81,10 @@ def prove(
     if report.failures:
         return report  # nothing that follows could be compared
     _kernels(report, backend, plan, model)
-    _overflow(report, backend, plan, model, feed_of(graph, batches[0]))
-    _regions(report, backend, graph, plan, model, batches[:REGION_BATCHES])
+    _overflow(report, backend, plan, model, _one_sample(graph, feed_of(graph, batches[0])))
+    qdq = convert(graph)
+    _constants(report, backend, qdq, model)
+    _regions(report, backend, qdq, plan, model, batches[:REGION_BATCHES])
     _fidelity(report, backend, qat, model, batches, float_model, labels)
     return report
 
@@ -76,14 +93,14 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     realized = backend.audit(model)
     mismatches = compare_kernels(plan, realized)
     tables = {f.name for f in plan.nodes if f.kind == "embedding"}
-    compute = {p.node for p in plan.predictions if p.int8} - tables
+    compute = {p.node for p in plan.predictions if p.int8 and p.kernel} - tables
     ran = {owner(n.name) for n in realized if n.int8}
     broken = {m.node for m in mismatches}
     pinned: dict[str, int] = {}
     for p in plan.predictions:
         if p.pinned and p.node not in broken:
             pinned[p.kernel.split("|")[0]] = pinned.get(p.kernel.split("|")[0], 0) + 1
-    unnamed = [n.name for n in realized if n.int8 and plan.prediction(owner(n.name)) is None]
+    unnamed = [n.name for n in realized if n.int8 and not n.moves and plan.prediction(owner(n.name)) is None]
     report.kernels = {
         "planned": len(compute),
         "realized": len(compute & ran),
@@ -97,30 +114,33 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
 
 
 def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:
-    weights = backend.gemm_weights(model)
-    worst = {name: reference.worst_pair(w) for name, w in weights.items()}
-    low = {name: int(w.min()) for name, w in weights.items()}
-    bad = [n for n in worst if worst[n] > 128 or low[n] < -127]
-    seen = {owner(n) for n in weights}
+    weights = {owner(n): c["weight"][0] for n, c in backend.product_constants(model).items()}
+    paired = {p.node for p in plan.predictions if p.in_pairs} if plan.requires != "vnni" else set()
+    worst = {n: reference.worst_pair(reference.k_rows(w)) for n, w in weights.items() if n in paired}
+    low = {n: int(w.min()) for n, w in weights.items()}
+    bad = [n for n in weights if worst.get(n, 0) > 128 or low[n] < -127]
     report.overflow = {
-        "gemms": len(weights),
+        "products": len(weights),
+        "added_in_pairs": len(worst),
         "worst_pair": max(worst.values(), default=0),
         "smallest_weight": min(low.values(), default=0),
         "unsafe": bad,
-        "same_on_haswell": _same_on_haswell(report, backend, model, feed),
-        "how": "on the file's integers: |w[2k]| + |w[2k+1]| <= 128 for pairs of one sign along K, and w >= -127; "
-        "same_on_haswell: bit for bit on an emulated CPU with AVX2 and no VNNI, one batch",
+        "requires": plan.requires or "nothing",
+        "same_on_haswell": _same_on_haswell(report, backend, plan, model, feed),
+        "how": "on the file's integers: |w[2k]| + |w[2k+1]| <= 128 for pairs of one sign along K, where the kernel "
+        "adds in pairs, and w >= -127; same_on_haswell: bit for bit on an emulated CPU with AVX2, no VNNI, one sample",
     }
     report.failures += [
         f"'{n}': a pair of weights sums to {worst[n]}, which overflows 16 bits without VNNI"
-        if worst[n] > 128
+        if worst.get(n, 0) > 128
         else f"'{n}': a weight is {low[n]}, which overflows 16 bits on 64-bit Arm"
         for n in bad
     ]
+    planned = {p.node for q in plan.quantizers for p in q.ports if p.role == "weight"}
     report.failures += [
         f"'{p.node}': its int8 weight is not found in the file, so nothing is known about overflow"
         for p in plan.predictions
-        if p.int8 and p.accumulator and p.node not in seen
+        if p.int8 and p.accumulator and p.node in planned and p.node not in weights
     ]
     report.failures += [
         f"'{n}': its int32 bias does not count in s_x * s_w, which the engine does not check"
@@ -128,7 +148,11 @@ def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict
     ]
 
 
-def _same_on_haswell(report: Report, backend: Any, model: bytes, feed: dict[str, reference.Array]) -> bool | str:
+def _same_on_haswell(
+    report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]
+) -> bool | str:
+    if plan.requires == "vnni":
+        return f"not asked: it differs there by design, since '{plan.target}' requires VNNI"
     if not backend.can_emulate():
         return f"{NOT_RUN}: qemu-x86_64 is not installed"
     native = backend.run(backend.session(model), feed)
@@ -139,14 +163,14 @@ def _same_on_haswell(report: Report, backend: Any, model: bytes, feed: dict[str,
     return same
 
 
-def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: bytes, batches: Sequence[Batch]) -> None:
+def _regions(report: Report, backend: Any, qdq: Graph, plan: Plan, model: bytes, batches: Sequence[Batch]) -> None:
     tapped, names = backend.tap(model, plan)
     again = compare_kernels(plan, backend.audit(tapped))
     report.failures += [f"in the tapped file: {m}" for m in again]
-    qdq, segments, without = convert(graph), dict[str, float](), without_reference(plan)
+    segments, without = dict[str, float](), without_reference(plan)
 
     def taps() -> Iterator[RegionTap]:
-        runs = backend.run_taps(tapped, names, (feed_of(graph, b) for b in batches))
+        runs = backend.run_taps(tapped, names, (feed_of(qdq, b) for b in batches))
         for batch, (found, outputs) in zip(batches, runs, strict=True):
             for where, difference in _segments(qdq, batch, found, outputs):
                 segments[where] = max(segments.get(where, 0.0), difference)
@@ -160,6 +184,8 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
         "float_max_rel": max((r.float_rel for r in regions.values()), default=0.0),
         "integers": integers,
         "max_steps": max((r.steps for r in regions.values()), default=0),
+        "out_max_steps": max((r.out_steps for r in regions.values()), default=0),
+        "out_off_share": sum(r.out_off for r in regions.values()) / max(1, sum(r.elements for r in regions.values())),
         "off_by_one_share": sum(r.off for r in regions.values()) / max(1, integers),
         "between_regions_max_rel": max(segments.values(), default=0.0),
         "without_reference": without,
@@ -168,7 +194,8 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
         "the reference computes from the converted graph, not from the file; what has no integer reference is compared "
         "as a part of the float operations between regions, with what torch makes of it",
     }
-    missing = [p.node for p in plan.predictions if p.int8 and p.node not in [*names, *without]]
+    kinds = {f.name: f.kind for f in plan.nodes}
+    missing = [p.node for p in plan.predictions if has_region(p, kinds[p.node]) and p.node not in names]
     report.failures += [f"region '{n}': the file does not hold it" for n in missing]
     report.failures += [f"region '{r.node}': {r.failure}" for r in regions.values() if r.failure]
     report.failures += [
@@ -176,6 +203,24 @@ def _regions(report: Report, backend: Any, graph: Graph, plan: Plan, model: byte
         for where, d in segments.items()
         if not d <= SEGMENT_LIMIT
     ]
+
+
+def _constants(report: Report, backend: Any, qdq: Graph, model: bytes) -> None:
+    """The file holds what was converted: what is too small to change a result of 8 bits is found here."""
+    nodes = {record(n).name: n for n in qdq.nodes}
+    for name, have in backend.product_constants(model).items():
+        node = nodes.get(owner(name))
+        if node is not None and (wrong := other_constants(have, Region.of(qdq, node).constants)):
+            report.failures.append(f"region '{owner(name)}': {wrong} in the file is not what was converted")
+
+
+def other_constants(have: dict[str, tuple[reference.Array, ...]], want: dict[str, tuple[reference.Array, ...]]) -> str:
+    """The first role of which the integers or scales differ; empty if none does."""
+    for role, parts in want.items():
+        same = role in have and all(np.array_equal(a, b) for a, b in zip(have[role], parts, strict=True))
+        if not same:
+            return f"its {role}"
+    return ""
 
 
 def _segments(
@@ -186,17 +231,17 @@ def _segments(
     So no rounding that falls on the other side can cascade: the float operations between two regions stand alone.
     """
     nodes = {record(n).name: n for n in qdq.nodes}
-    tables = {n for n in nodes.values() if record(n).kind == "embedding"}
-    given = {nodes[t.node]: torch.from_numpy(t.out.copy()) for t in taps}  # relu_ writes into it
-    replay = _Replay(qdq.module, {next(iter(n.users)) if n in tables else n: given[n] for n in given})
+    regions = {t.node: Region.of(qdq, nodes[t.node]) for t in taps}
+    given = {regions[t.node].writes: torch.from_numpy(t.out.copy()) for t in taps}  # relu_ writes into it
+    replay = _Replay(qdq.module, given)
     with torch.no_grad():
         results = replay.run(*qdq.leaves(batch, "evaluation batch"), enable_io_processing=False)
-    for tap in (t for t in taps if nodes[t.node] not in tables):
-        quantized = dict(arguments(nodes[tap.node]))["x"].args[0]
-        if tap.border is None:
-            yield f"integers in front of '{tap.node}'", _difference(tap.integers, replay.env[quantized])
-        else:
-            yield f"in front of '{tap.node}'", _difference(tap.border, replay.env[quantized.args[0]])
+    for tap in taps:
+        for quantize, border, integers in zip(regions[tap.node].quantizes, tap.borders, tap.integers, strict=False):
+            if border is None:
+                yield f"integers in front of '{tap.node}'", _difference(integers, replay.env[quantize])
+            else:
+                yield f"in front of '{tap.node}'", _difference(border, replay.env[quantize.all_input_nodes[0]])
     for name, result in zip(qdq.info.outputs, results, strict=True):
         yield f"output '{name}'", _difference(outputs[name], result)
 

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qatgraph import api, fidelity
 from qatgraph.errors import JobError, PlanError
-from qatgraph.ir.graph import Graph
+from qatgraph.ir.graph import Batch, Graph
 from qatgraph.job import MANIFEST, Job, JobData, load_job, make, output_folder, write_json
 from qatgraph.latency import measure
 from qatgraph.planning.plan import Plan
 from qatgraph.proof import model_run, score
-from qatgraph.report.machine import isa, versions
+from qatgraph.report.machine import check_cpu, isa, versions
 from qatgraph.report.report import Report
 from qatgraph.rewriting.passes import Pass
 from qatgraph.rewriting.registry import parse_passes
+from qatgraph.saturation import Saturation, analyse
 from qatgraph.training.loop import Schedule, distill
 
 Say = Callable[[str], None]
@@ -53,7 +55,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def set_up(job: Job, path: Path, seed: int) -> Setup:
-    """Call the factories and capture the model on the first calibration batch."""
+    """Call the factories and capture the model on the first samples of the first calibration batch."""
     torch.manual_seed(seed)
     model = make(path, job.model, "model", seed, job.model_options)
     data: JobData = make(path, job.data, "data", seed, job.data_options)
@@ -61,8 +63,20 @@ def set_up(job: Job, path: Path, seed: int) -> Setup:
         raise JobError("QG806", "the data factory gives no calibration batch", where=job.data, todo="give at least one")
     if not data.evaluate:
         raise JobError("QG806", "the data factory gives no evaluation batch", where=job.data, todo="give at least one")
-    graph = api.capture(model, data.calibrate[0], job.shapes(), output_names=job.outputs or None)
+    shapes = job.shapes()
+    graph = api.capture(model, _first_samples(data.calibrate[0], shapes), shapes, output_names=job.outputs or None)
     return Setup(model, data, graph)
+
+
+def _first_samples(batch: Batch, shapes: dict[str, dict[int, Any]]) -> Batch:
+    """Two samples, if all that the batch holds moves along its first axis and under one name: every check of a pass
+    runs the model on them."""
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, torch.Tensor)]
+    names = {axes[0].__name__ if 0 in axes else "" for axes in shapes.values()}
+    if len(names) != 1 or "" in names or len(shapes) != len(tensors):
+        return batch
+    first: Batch = tree_map_only(torch.Tensor, lambda t: t[:2], batch)
+    return first
 
 
 def canonicalize(job: Job, path: Path, setup: Setup, passes: Sequence[Pass]) -> Graph:
@@ -132,11 +146,15 @@ def _one_seed(
     clock = time.perf_counter()
     canonical = canonicalize(job, path, setup, passes)
     planned = plan or make_plan(job, path, canonical, passes)
-    api.load_backend(planned)  # a target without one is refused before the work
+    api.load_backend(planned)  # a target without one is refused before the work, and a CPU that cannot verify it
+    check_cpu(planned.requires, f"target '{planned.target}'")
     qat = api.prepare(canonical, planned)
     stages = time.perf_counter() - clock
     say(f"{label}plan: {len(planned.int8_nodes())} int8 operations ({planned.hash()[:12]})")
-    api.calibrate(qat, data.calibrate)
+    for finding in api.calibrate(qat, data.calibrate):
+        say(f"{label}note: {finding}")
+    if job.correct_biases:
+        api.correct_biases(qat, data.calibrate)
     wanted = fidelity.outputs(model_run(setup.model), data.evaluate)
     ptq = score(fidelity.outputs(model_run(qat), data.evaluate), wanted, data.labels)
     say(f"{label}after calibration: {_words(ptq)}")
@@ -166,6 +184,27 @@ def _one_seed(
 
 def _words(values: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+
+
+def saturation(
+    path: Path, *, target: str | None = None, passes: Sequence[str] = (), say: Say = lambda line: None
+) -> Saturation:
+    """Where the job's model would saturate without VNNI, and what each cure costs: calibrated, not trained."""
+    job = load_job(path)
+    if target is not None:
+        job = job.model_copy(update={"target": target})
+    extra = parse_passes(passes)
+    with threads(job.threads):
+        say("load model and data")
+        setup = set_up(job, path, job.seeds[0])
+        canonical = canonicalize(job, path, setup, extra)
+        plan = make_plan(job, path, canonical, extra)
+        backend = api.load_backend(plan)
+        qat = api.prepare(canonical, plan).eval()
+        say("calibrate")
+        api.calibrate(qat, setup.data.calibrate, progress=False)
+        data = setup.data
+        return analyse(backend, qat, setup.model, data.evaluate, data.latency, data.labels, say=say)
 
 
 def save_state(qat: torch.nn.Module, path: Path) -> None:

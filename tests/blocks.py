@@ -35,6 +35,34 @@ class Cnn(nn.Module):
         return y
 
 
+class Images(nn.Module):
+    """Every int8 kernel of a convolutional net: [batch, 3, 9, 9] -> [batch, 5].
+
+    A plain, a strided and unevenly padded depthwise, a grouped and a dilated convolution; a residual add with ReLU, a
+    max pool, a leaky ReLU, a gate, two branches of which the grids differ, an average and a global pool, a linear that
+    writes integers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.same, self.depth = nn.Conv2d(8, 8, 3, padding="same"), nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.grouped, self.wide = nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 6, 3, padding=2, dilation=2)
+        self.gate, self.leaky = nn.Conv2d(12, 6, 1), nn.LeakyReLU(0.1)
+        self.hidden, self.head = nn.Linear(12, 7), nn.Linear(7, 5)
+        nn.init.uniform_(self.norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.stem(x)))
+        x = functional.relu(x + self.same(x))
+        x = functional.relu6(self.depth(functional.pad(x, (0, 1, 1, 2))))
+        x = self.grouped(functional.max_pool2d(x, 3, 1, 1))
+        y, gate = self.leaky(self.wide(x)), self.gate(x)
+        y = functional.avg_pool2d(torch.cat([y * torch.sigmoid(gate), gate], 1), 2)
+        z: Tensor = self.head(functional.relu(self.hidden(y.mean((2, 3)))))
+        return z
+
+
 class WrittenLayerNorm(nn.Module):
     """LayerNorm in arithmetic, as older models write it."""
 

@@ -88,6 +88,11 @@ def case_of(name: str) -> Case:
     return ZOO[RECIPES[name][0]]
 
 
+def product_weights(file: bytes) -> dict[str, Array]:
+    """The int8 weights of every product in a file, by the name of its node."""
+    return {name: roles["weight"][0] for name, roles in ort_cpu.product_constants(file).items()}
+
+
 def node(proto: Any, name: str) -> Any:
     return next(n for n in proto.graph.node if n.name == name)
 

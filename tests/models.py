@@ -21,7 +21,7 @@ import qatgraph as qg
 from qatgraph.api import decide
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.rewriting.evidence import Evidence
-from tests.blocks import Clip, Cnn, Llama, Pruned, Written
+from tests.blocks import Clip, Cnn, Images, Llama, Pruned, Written
 
 WIDTH, HEADS, VOCABULARY, MAX_LENGTH = 32, 2, 50, 64
 BATCH, LENGTH = {0: "batch"}, {0: "batch", 1: Dim("length", max=MAX_LENGTH)}
@@ -184,6 +184,7 @@ ZOO: dict[str, Case] = {
     "encoder": Case(Encoder, lambda seed: padded(2, 6, seed), {"input_ids": LENGTH, "attention_mask": LENGTH}),
     "tied": Case(Tied, lambda seed: tokens(2, 5, seed), {"input_ids": BATCH}),
     "gpt2": Case(Gpt2Mlp, lambda seed: floats(2, 5, WIDTH, seed=seed), {"x": BATCH}),
+    "images": Case(Images, lambda seed: floats(2, 3, 9, 9, seed=seed), {"x": BATCH}),
     "erf-gelu": Case(ErfGelu, lambda seed: floats(4, WIDTH, seed=seed)),
 }
 

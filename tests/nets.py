@@ -39,7 +39,16 @@ def net(*facts: NodeFact) -> tuple[NodeFact, ...]:
     def readers(name: str) -> tuple[str, ...]:
         return tuple(sorted({f.kind for f in facts if name in [v for _, v in f.inputs]}))
 
-    return tuple(replace(f, readers=readers(f.name)) for f in facts)
+    return _grouped([replace(f, readers=readers(f.name) or ("output",)) for f in facts])
+
+
+def _grouped(facts: Sequence[NodeFact]) -> tuple[NodeFact, ...]:
+    """A ReLU and what it alone reads are one region, as the canonical pipeline leaves them."""
+    alone = {f.inputs[0][1]: f.name for f in facts if f.kind in ("relu", "clamp")}
+    alone = {v: n for v, n in alone.items() if sum(v in [w for _, w in f.inputs] for f in facts) == 1}
+    region = {name: value for value, name in alone.items()} | {value: value for value in alone}
+    low = {f.name: 0.0 if f.kind in ("relu", "clamp") else None for f in facts}
+    return tuple(replace(f, region=region.get(f.name, ""), low=low[f.name], zeros=f.kind == "pad") for f in facts)
 
 
 def clashing(*kinds: str, x: Sequence[QuantSpec] = (U8, S8)) -> Target:

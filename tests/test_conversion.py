@@ -133,12 +133,14 @@ def reads(graph: Graph) -> list[Read]:
 def weights(graph: Graph) -> list[tuple[Read, Tensor, Tensor]]:
     """(read, integers, scale that broadcasts) of every weight."""
     found = [r for r in reads(graph) if not r.quantizer.derived_from]
-    return [(r, r.integers, r.scale.reshape([-1, 1] if r.scale.ndim else [])) for r in found if r.integers is not None]
+    return [(r, i, r.scale.reshape([-1, *[1] * (i.ndim - 1)] if r.scale.ndim else [])) for r in found
+            if (i := r.integers) is not None]  # fmt: skip
 
 
 def module_of(qat: nn.Module, quantizer: Quantizer) -> nn.Module:
-    owner = quantizer.name.rpartition(":")[0]
-    return qat.get_submodule(attribute_path(owner, quantizer.name.removeprefix(f"{owner}:")))
+    graph = Graph.prepared(qat)
+    owner = record(graph.node(next(p.node for p in quantizer.ports if str(p) == quantizer.name))).module
+    return qat.get_submodule(attribute_path(owner, quantizer.name.removeprefix(owner).removeprefix(":")))
 
 
 # ---------------------------------------------------------------- integers and scales
@@ -197,7 +199,9 @@ def on_bias_grid(name: str, target: str) -> nn.Module:
     qat = trained(name, target)
     for read in reads(converted(name, target)):
         if read.quantizer.derived_from and read.integers is not None:
-            bias = qat.get_parameter(f"{read.quantizer.name.rpartition(':')[0]}.bias")
+            node = Graph.prepared(qat).node(read.quantizer.ports[0].node)
+            bias = Graph.prepared(qat).parameter(dict(arguments(node))["bias"])
+            assert bias is not None
             bias.data.copy_(read.integers.float() * read.scale)
     return qat
 

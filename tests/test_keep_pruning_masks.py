@@ -13,7 +13,6 @@ from onnx import load_from_string, numpy_helper
 from torch import Tensor, fx, nn
 
 import qatgraph as qg
-from qatgraph.backends import ort_cpu
 from qatgraph.errors import PassError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.masks import Weight, masked
@@ -23,6 +22,7 @@ from qatgraph.planning.facts import facts_of
 from qatgraph.planning.recipe import Override, Recipe
 from qatgraph.reference import Array
 from tests.blocks import two_of_four
+from tests.lowered import product_weights
 from tests.models import MODELS, WIDTH, floats, tokens
 from tests.rewritten import kinds, lines, rewritten
 
@@ -205,7 +205,7 @@ def written_weights(file: bytes) -> dict[str, Array]:
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     floats = {n.name: constants[n.input[1]].T for n in graph.node if n.op_type == "MatMul" and n.input[1] in constants}
     tables = {n.name: constants[n.input[0]] for n in graph.node if n.op_type == "Gather"}
-    found = {**floats, **tables, **ort_cpu.gemm_weights(file)}
+    found = {**floats, **tables, **product_weights(file)}
     return {name.rpartition("/")[0]: weight for name, weight in found.items()}
 
 

@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 import qatgraph as qg
 from qatgraph.backends import ort_cpu
+from qatgraph.backends.lint import lint
 from qatgraph.backends.qdq_onnx import SCALED, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
@@ -48,8 +49,8 @@ def foreign_names(found: Lowered) -> Iterator[str]:
 
 def foreign_kernels(found: Lowered) -> Iterator[str]:
     """int8 kernels under other names than the planned nodes', and planned ones without a kernel."""
-    have = Counter(owner(k.name) for k in ort_cpu.audit(found.file) if k.int8)
-    want = Counter(p.node for p in found.plan.predictions if p.int8)
+    have = Counter(owner(k.name) for k in ort_cpu.audit(found.file) if k.int8 and not k.moves)
+    want = Counter(p.node for p in found.plan.predictions if p.int8 and p.kernel and p.requant != "moved")
     yield from {n for n in have | want if have[n] != want[n]}
 
 
@@ -94,7 +95,9 @@ def other_forms(found: Lowered) -> Iterator[str]:
     """Operations that are not written as their rows say."""
     forms = {"residual_add": ("Sum", "Add"), "relu": ("Max", "Relu"), "embedding": ("Gather", "DequantizeLinear")}
     names = {n.name for n in found.proto.graph.node}
-    for fact in found.plan.nodes:
+    inside = {p.node for p in found.plan.predictions if p.int8 and not p.kernel}
+    adds = {p.node for p in found.plan.predictions if p.int8 and p.kernel == "QLinearAdd"}
+    for fact in (f for f in found.plan.nodes if f.name not in inside | adds):
         wanted, banned = forms.get(fact.kind, ("", ""))
         if wanted and (f"{fact.name}/{wanted}" not in names or f"{fact.name}/{banned}" in names):
             yield fact.name
@@ -111,7 +114,7 @@ def packed(proto: Any, name: str) -> bool:
 
 def silent_floats(found: Lowered) -> Iterator[str]:
     """Nodes between quantize and dequantize that the engine nevertheless runs in float."""
-    yield from (k.name for k in ort_cpu.audit_file(found.file).silent_float)
+    yield from (f.node for f in lint(found.proto).findings if f.severity == "slow")
 
 
 def loose_bytes(found: Lowered) -> Iterator[str]:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import qatgraph as qg
-from qatgraph.backends import ort_cpu
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.masks import weight_of
 from qatgraph.ir.meta import record
-from tests.lowered import lower
+from tests.lowered import lower, product_weights
 from tests.models import WIDTH, Case, floats
 from tests.rewritten import distance, lines, rewritten
 
@@ -57,7 +56,7 @@ def test_a_weight_behind_a_mask_is_planned_and_lowered_in_int8(name: str) -> Non
     found = lower(Case(SPELLINGS[name], lambda seed: floats(4, WIDTH, seed=seed)))
     assert [p.node.rpartition(":")[2] for p in found.plan.predictions if p.int8] == ["linear"]
     assert found.distance(floats(4, WIDTH, seed=3)) < 1e-4  # the rounding of the int32 bias
-    (integers,) = ort_cpu.gemm_weights(found.file).values()
+    (integers,) = product_weights(found.file).values()
     node = next(n for n in Graph.of(found.qat).nodes if record(n).kind == "linear")
     weight = weight_of(node.args[1].args[0])  # type: ignore[union-attr]
     assert weight is not None
@@ -86,7 +85,7 @@ def test_one_parameter_behind_two_masks_is_two_weights() -> None:
     found = lower(Case(TwoMasks, lambda seed: floats(4, WIDTH, seed=seed)))
     facts = [f.parameter("weight") for f in found.plan.nodes if f.kind == "linear"]
     assert [(w.path, w.storage) for w in facts if w] == [("weight", "weight * first"), ("weight", "weight * second")]
-    one, other = ort_cpu.gemm_weights(found.file).values()
+    one, other = product_weights(found.file).values()
     assert not one[SQUARE.numpy() == 0].any()
     assert not other[SQUARE.numpy() == 1].any()
     assert found.distance(floats(4, WIDTH, seed=3)) < 1e-2  # a value between the two may fall on another integer

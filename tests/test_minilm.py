@@ -78,7 +78,7 @@ def regions_equal_the_reference(report: Json) -> None:
 
 def nothing_overflows_without_vnni(report: Json) -> None:
     overflow = report["overflow"]
-    assert overflow["gemms"] == 36
+    assert overflow["products"] == 36
     assert overflow["worst_pair"] <= 128
     assert overflow["smallest_weight"] >= -127
     assert overflow["unsafe"] == []

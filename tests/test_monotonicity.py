@@ -81,10 +81,35 @@ class Word:
         return replace(fact, parameters=tuple(parameters), inputs=fact.inputs + computed)
 
 
+WORDS_ONLY = {
+    "id",
+    "op",
+    "kernel",
+    "why",
+    "remedy",
+    "form",
+    "deviation",
+    "accumulator",
+    "k_order",
+    "versions",
+    "source",
+}
+
+
+def behaviour(table: Target, kind: str) -> str:
+    """All that the solver asks about a kind: what its rows want, how many operands it has, and what takes it in."""
+    takes = [kind in r.fuses_after for r in table.row]
+    return str(["y" in roles_of(kind), takes, *(r.model_dump(exclude=WORDS_ONLY) for r in table.rows(kind))])
+
+
 def vocabulary(table: Target, *, biases: Sequence[str] = ("",)) -> list[Word]:
-    """Every kind that can be int8, those that must not read its result, a mover, and a kind without rows."""
+    """Every kind that can be int8, those that must not read its result, a mover, and a kind without rows.
+
+    Of kinds that the solver cannot tell from each other the first stands for all.
+    """
     words: list[Word] = []
-    for kind in dict.fromkeys(r.op for r in table.row if r.placement == "int8"):
+    int8 = dict.fromkeys(op for r in table.row if r.placement == "int8" for op in r.op.split("|"))
+    for kind in {behaviour(table, kind): kind for kind in reversed(int8)}.values():
         rows = table.rows(kind)
         weights = ("own", "shared") if any(r.weight for r in rows) else ("",)
         forms = biases if any(r.bias for r in rows) else ("",)
@@ -121,8 +146,8 @@ def nets(draw: st.DrawFn, words: Sequence[Word], size: int) -> tuple[NodeFact, .
     return net(*facts)
 
 
-def check_all_nets(table: Target) -> None:
-    for size in (2, 3):
+def check_all_nets(table: Target, sizes: Sequence[int] = (2, 3)) -> None:
+    for size in sizes:
         for facts in all_nets(vocabulary(table), size):
             assert improvements(facts, table) == []
 
@@ -145,9 +170,17 @@ def check_larger_nets(table: Target) -> None:
     on_larger_nets(table, check)
 
 
+LARGE = {"ort-cpu", "ort-cpu-vnni"}  # so many kinds that all nets of three nodes take a minute
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_monotone_on_all_small_nets(name: str) -> None:
-    check_all_nets(TABLES[name])
+def test_every_table_is_monotone_on_all_nets_of_two(name: str) -> None:
+    check_all_nets(TABLES[name], (2,))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in TABLES])
+def test_every_table_is_monotone_on_all_nets_of_three(name: str) -> None:
+    check_all_nets(TABLES[name], (3,))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -169,13 +202,18 @@ def test_the_nets_reach_every_int8_row_of_a_table(name: str) -> None:
         reached.update(c.row.id for c in solve(facts, table, []).choices.values() if c.row)
 
     on_larger_nets(table, collect)
-    for facts in all_nets(vocabulary(table), 2):
+    for facts in all_nets(vocabulary(table), 3):
         collect(facts)
-    assert reached >= {r.id for r in table.row if r.placement == "int8"} - NEVER_FIRST
+    for facts in all_nets(vocabulary(table), 2):
+        collect(tuple(replace(f, x_shape=(4, 16)) for f in facts))
+    kinds = {w.kind for w in vocabulary(table)}
+    wanted = {r.id for r in table.row if r.placement == "int8" and kinds & set(r.op.split("|"))}
+    assert reached >= wanted - NEVER_FIRST
 
 
-# the row before it takes every node that it takes, unless a recipe asks for another form of bias
-NEVER_FIRST = {"linear.matmul-vector-bias"}
+# the row before it takes every node that it takes, unless a recipe asks for another form of bias; and no net has a
+# filter of its own for each channel, which the solver does not look at
+NEVER_FIRST = {"linear.matmul-vector-bias", "conv.depthwise"}
 
 
 # ---------------------------------------------------------------- planted tables, which are not monotone

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qatgraph as qg
+from qatgraph.ir.graph import Graph
 from tests.models import canonical, captured, floats
-from tests.rewritten import X, after, distance, kinds, lines, of, regions, rewritten
+from tests.rewritten import X, Y, after, distance, kinds, lines, of, regions, rewritten
 
 # ---------------------------------------------------------------- fuse-attention
 
@@ -226,6 +227,30 @@ def test_a_convolution_with_two_readers_is_refused() -> None:
 def test_an_activation_behind_a_linear_is_no_business_of_it() -> None:
     graph, refused = rewritten("fuse-conv-activation", qg.capture(Activated(nn.Linear(4, 4), nn.ReLU()), X))
     assert (regions(graph), refused) == ({}, {})
+
+
+# ---------------------------------------------------------------- fuse-add-activation
+
+
+def summed(act: Callable[[Tensor], Tensor], *, twice: bool = False) -> Graph:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return act(total) + total if twice else act(total)
+
+    return after(of(function, X, Y), "fold-clamp", "mark-residual-add")
+
+
+@pytest.mark.parametrize(("act", "kind"), [(torch.relu, "relu"), (functional.relu6, "clamp")])
+def test_a_sum_and_its_activation_are_one_region(act: Callable[[Tensor], Tensor], kind: str) -> None:
+    graph, refused = rewritten("fuse-add-activation", summed(act))
+    assert list(regions(graph).values()) == [["residual_add", kind]]
+    assert refused == {}
+
+
+def test_a_sum_with_two_readers_is_refused() -> None:
+    graph, refused = rewritten("fuse-add-activation", summed(torch.relu, twice=True))
+    assert regions(graph) == {}
+    assert list(refused.values()) == ["'Function:residual_add' has 2 users"]
 
 
 # ---------------------------------------------------------------- fold-attention-scale

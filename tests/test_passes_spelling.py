@@ -130,6 +130,41 @@ def test_a_pattern_needs_to_know_one_spelling(dim: list[int]) -> None:
     assert match(Op("mean", AnyValue("x"), where={"dim": [-1]}), graph.nodes[0]) is not None
 
 
+# ---------------------------------------------------------------- fold-global-pool
+
+POOLED: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "a mean": (lambda x: x.mean((2, 3)), ["global_avg_pool(x, [1, 1])", "flatten(global_avg_pool, 1)"]),
+    "a mean that keeps its axes": (lambda x: x.mean((3, 2), keepdim=True), ["global_avg_pool(x, [1, 1])"]),
+    "a pool": (lambda x: functional.adaptive_avg_pool2d(x, 1), ["global_avg_pool(x, [1, 1])"]),
+    "a mean over one axis": (lambda x: x.mean(3), ["mean(x, [-1])"]),
+    "a mean over the channels too": (lambda x: x.mean((1, 2, 3)), ["mean(x, [-3, -2, -1])"]),
+}
+IMAGES = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_the_average_over_an_image_is_written_in_one_way(name: str) -> None:
+    function, wanted = POOLED[name]
+    graph, refused = rewritten("fold-global-pool", after(of(function, IMAGES), "normalize-reductions"))
+    assert calls(graph) == wanted
+    assert refused == {}
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "reason"),
+    [
+        (lambda x: functional.adaptive_avg_pool2d(x, 2), IMAGES, "its result has several pixels"),
+        (lambda x: x.mean((1, 2)), IMAGES[0], "its input is no batch of images of its type"),
+        (lambda x: x.mean((2, 3), dtype=torch.float64), IMAGES, "its input is no batch of images of its type"),
+    ],
+)
+def test_fold_global_pool_refuses(function: Callable[[Tensor], Tensor], x: Tensor, reason: str) -> None:
+    before = after(of(function, x), "normalize-reductions")
+    graph, refused = rewritten("fold-global-pool", before)
+    assert lines(graph) == lines(before)
+    assert list(refused.values()) == [reason]
+
+
 # ---------------------------------------------------------------- fold-powers
 
 
@@ -239,7 +274,7 @@ def test_fold_clamp_refuses(name: str) -> None:
 def test_a_limit_that_something_else_reads_stays() -> None:
     before = of(lambda x: (torch.relu(x), torch.relu(x).clamp(max=6)))
     graph = after(before, "merge-equal-operations", "fold-clamp")
-    assert calls(graph) == ["relu(x)", "clamp(relu, None, 6)"]
+    assert calls(graph) == ["relu(x)", "clamp(relu, None, 6.0)"]
 
 
 def test_both_bounds_are_read_at_one_place() -> None:

@@ -240,10 +240,17 @@ def test_a_decision_without_reason_is_seen(change: dict[str, Any], complaint: st
 
 
 def unpredicted(made: Plan, table: qg.Target) -> list[str]:
-    """Nodes of a kind that the table knows without exactly one prediction that agrees with their placement."""
-    wanted = {f.name: made.placement(f.name) for f in made.nodes if table.rows(f.kind)}
+    """Nodes of a kind that the table knows without exactly one prediction that agrees with their placement.
+
+    Of what only moves elements nothing is predicted where it moves floats; a kind that has only int8 rows has no kernel
+    to predict in float.
+    """
+    int8 = set(made.int8_nodes())
+    rows = {f.name: table.rows(f.kind) for f in made.nodes}
+    wanted = [n for n, known in rows.items() if known and (n in int8 or not all(r.moves for r in known))]
     have = [p.node for p in made.predictions]
-    agree = {p.node for p in made.predictions if p.int8 == (made.placement(p.node).placement == "int8") and p.kernel}
+    agree = {p.node for p in made.predictions if p.int8 == (p.node in int8)}
+    agree -= {p.node for p in made.predictions if not p.kernel and any(r.placement != "int8" for r in rows[p.node])}
     return sorted(n for n in wanted if have.count(n) != 1 or n not in agree)
 
 

@@ -23,6 +23,8 @@ import qatgraph as qg
 from qatgraph.backends import ort_cpu
 from qatgraph.errors import QatgraphError, VerifyError
 from qatgraph.ir.graph import Batch
+from qatgraph.parity import has_region
+from qatgraph.planning.explain import kind
 from qatgraph.planning.plan import Plan
 from qatgraph.report.report import Report, format_value
 from qatgraph.runner import run_job
@@ -54,9 +56,10 @@ def test_every_file_is_proved(name: str, tmp_path: Path) -> None:
     found, batches = lowered(name), [case_of(name).inputs(s) for s in (3, 4)]
     report = verify(found, tmp_path, batches, float_model=found.model)
     report.check()
-    int8 = {p.node for p in found.plan.predictions if p.int8}
-    tables = {p.node for p in found.plan.predictions if p.int8 and not p.accumulator}
-    assert report.parity["regions"] == len(int8)
+    int8 = {p.node for p in found.plan.predictions if p.int8 and p.kernel}
+    tables = {p.node for p in found.plan.predictions if p.int8 and kind(found.plan, p.node) == "embedding"}
+    assert report.parity["regions"] == sum(has_region(p, kind(found.plan, p.node)) for p in found.plan.predictions) > 0
+    assert report.parity["without_reference"] == []
     assert report.kernels["planned"] == report.kernels["realized"] == len(int8 - tables) > 0
     assert (report.kernels["int8_tables"], report.kernels["unnamed_int8"]) == (len(tables), [])
     assert sum(report.kernels["pinned"].values()) == sum(p.pinned for p in found.plan.predictions)
@@ -264,8 +267,9 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_for_a_target_with_a_false_row_fails_and_writes_nothing(tmp_path: Path) -> None:
     text = (resources.files("qatgraph.backends") / "ort_cpu.toml").read_text(encoding="utf-8")
-    assert text.count('kernel = "QGemm"') == 1
-    (tmp_path / "false.toml").write_text(text.replace("QGemm", "Wishful"), encoding="utf-8")
+    before, row, after = text.partition(f'id = "{ROW}"')
+    assert 'kernel = "QGemm"' in after
+    (tmp_path / "false.toml").write_text(before + row + after.replace("QGemm", "Wishful", 1), encoding="utf-8")
     target, output = str(tmp_path / "false.toml"), tmp_path / "output"
     done = command("run", str(JOBS / "tiny.toml"), "--no-train", "--target", target, "--output", str(output))
     assert (done.returncode, output.exists()) == (1, False)

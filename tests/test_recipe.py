@@ -238,7 +238,7 @@ def test_a_recipe_pin_bears_its_author_and_reason() -> None:
     decision = next(d for d in plan.decisions if d.subject == UP)
     assert decision.author == Author("recipe", "int8", f"override 1, '{UP}'")
     assert decision.why == "the first layer sees raw values"
-    assert decision.lost[0].author.id == "linear.gemm-int32-bias"
+    assert "linear.gemm-int32-bias" in {a.author.id for a in decision.lost}
     assert plan.quantizer_at(Port(UP, "x")) is None
 
 

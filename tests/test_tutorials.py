@@ -22,7 +22,9 @@ from qatgraph.errors import QatgraphError
 
 ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PASSES = ROOT / "docs" / "tutorials" / "write-a-pass.md"
+PASSES, ACCELERATOR = (ROOT / "docs" / "tutorials" / f"{n}.md" for n in ("write-a-pass", "describe-an-accelerator"))
+THEIRS = ("my_npu.toml", "simulator.py", "honest.toml")  # what describes the accelerator
+NAME = re.compile(r"# (\w+\.\w+)\n")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -37,11 +39,11 @@ class Step:
 
 
 def steps(text: str) -> Iterator[Step]:
-    """The steps of a tutorial: ``python`` blocks, whose first line is a comment with a name, and ``console`` blocks."""
+    """The steps of a tutorial: blocks of files, whose first line is a comment with a name, and ``console`` blocks."""
     for block in FENCE.finditer(text):
         line = text[: block.start()].count("\n") + 2
-        if block[1] == "python":
-            yield Step(line, file=block[2].partition("\n")[0].removeprefix("# "), text=block[2])
+        if name := NAME.match(block[2]):
+            yield Step(line, file=name[1], text=block[2])
         elif block[1] == "console":
             for one in re.split(r"^\$ ", block[2], flags=re.MULTILINE)[1:]:
                 command, _, output = one.partition("\n")
@@ -55,7 +57,8 @@ def run(command: str, folder: Path) -> str:
         env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
-    sys.modules.pop("qatgraph_job_model", None)  # a file of this name in another folder
+    for name in [n for n in sys.modules if n.startswith("qatgraph_job_")]:  # a file of this name in another folder
+        del sys.modules[name]
     out = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -83,22 +86,30 @@ def test_a_tutorial_does_what_it_says(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "fault", "command"),
+    ("path", "old", "fault", "command"),
     [
-        ("self.query(x) * 0.5", "self.query(x) * 0.25", "opt model.py:model -p remove-no-ops"),
-        ("Block:mul#4 = mul(out:linear, 2.0)", "Block:mul#4 = mul(out:linear, 3.0)", "opt model.py:model -p remove-no"),
+        (PASSES, "self.query(x) * 0.5", "self.query(x) * 0.25", "opt model.py:model -p remove-no-ops"),
+        (PASSES, "Block:mul#4 = mul(out:linear, 2.0)", "Block:mul#4 = mul(out:linear, 3.0)", "opt model.py:model -p"),
         (
+            PASSES,
             'match["factor"] for node in old]',
             'match["factor"] * 2 for node in old]',
             "opt model.py:model -p fold_linear",
         ),
-        ('.refuse("the linear is', '.refuse("the result is', "opt model.py:model -p fold_linear_scale.py --explain"),
-        ("wrote golden/", "wrote silver/", "new pass fold-linear-scale"),
+        (PASSES, '.refuse("the linear is', '.refuse("the result is', "opt model.py:model -p fold_linear_scale.py --ex"),
+        (PASSES, "wrote golden/", "wrote silver/", "new pass fold-linear-scale"),
+        (ACCELERATOR, 'kernel = "CLIP"', 'kernel = "CLAMP"', "plan job.toml"),
+        (ACCELERATOR, "return np.floor(total", "return np.rint(total", "probe my_npu.toml"),
+        (ACCELERATOR, "scale 128, zero point 0", "scale 64, zero point 0", "probe my_npu.toml"),
+        (ACCELERATOR, '"linear.mac"\ndeviation = 1', '"linear.mac"\ndeviation = 0', "probe honest.toml"),
+        (ACCELERATOR, "per-channel(0) power", "per-tensor power", "probe wish.toml"),
+        (ACCELERATOR, "QG403", "QG404", "run job.toml"),
     ],
-    ids=["the model", "an output", "the rewrite", "the refusal", "a file"],
-)
-def test_a_fault_in_a_tutorial_is_seen(old: str, fault: str, command: str, tmp_path: Path) -> None:
-    text = PASSES.read_text(encoding="utf-8")
+    ids=["the model", "an output", "the rewrite", "the refusal", "a file", "a row", "the simulator", "a counterexample",
+         "the deviation", "a wish", "a code"],
+)  # fmt: skip
+def test_a_fault_in_a_tutorial_is_seen(path: Path, old: str, fault: str, command: str, tmp_path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert old in text
     assert f"'qatgraph {command}" in first_difference(text.replace(old, fault), tmp_path)
 
@@ -134,3 +145,18 @@ def test_its_passes_have_at_most_fifteen_lines_that_import_qatgraph_only() -> No
     assert sorted(spoiled) == sorted(passes)
     assert max(lines for lines, _ in spoiled.values()) == 16
     assert {"import torch"} <= set.union(*(imported for _, imported in spoiled.values()))
+
+
+def lines_of_an_accelerator(text: str) -> int:
+    """What a user writes to describe and to simulate it: lines that are neither empty nor a comment."""
+    theirs = [s for s in steps(text) if s.file in THEIRS]
+    assert tuple(s.file for s in theirs) == THEIRS
+    lines = [line.strip() for s in theirs for line in s.text.splitlines()]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+def test_an_accelerator_takes_at_most_sixty_lines() -> None:
+    text = ACCELERATOR.read_text(encoding="utf-8")
+    assert lines_of_an_accelerator(text) <= 60
+    row = text[text.index("[[row]]") : text.index('[[row]]\nid = "relu.clip"')]
+    assert lines_of_an_accelerator(text.replace(row, row * 2, 1)) > 60

@@ -64,7 +64,11 @@ def split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def model(seed: int, epochs: int) -> nn.Module:
     torch.manual_seed(seed)
-    net = DigitsViT()
+    return train(DigitsViT(), epochs)
+
+
+def train(net: nn.Module, epochs: int) -> nn.Module:
+    """In float, on the images that are not held out."""
     x, y, _, _ = split()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import sys
 
-from qatgraph.cli import inspect, jobs, new, passes
+from qatgraph.cli import audit, inspect, jobs, new, passes, probing
 from qatgraph.cli.common import app
 from qatgraph.errors import QatgraphError
 
-ORDER = ("run", "plan", "verify", "replay", "show", "explain", "diff", "targets", "audit", "passes", "opt", "bisect")
+ORDER = (
+    "run",
+    "plan",
+    "verify",
+    "replay",
+    "saturation",
+    "show",
+    "explain",
+    "diff",
+    "targets",
+    "probe",
+    "audit",
+    "passes",
+    "opt",
+    "bisect",
+)
 app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__name__) if c.callback is not None else 0)
 
-__all__ = ["app", "inspect", "jobs", "main", "new", "passes"]
+__all__ = ["app", "audit", "inspect", "jobs", "main", "new", "passes", "probing"]
 
 
 def main() -> None:

@@ -46,11 +46,13 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    console = Console()
+    console.print(Text(title))
+    table = Table(box=None, pad_edge=False)
     longest = max((len(row[0]) for row in rows), default=0)
     for i, column in enumerate(columns):  # names and numbers stay whole, sentences fold
         whole = min(longest, 30) if i == 0 else max(map(len, column.split()), default=0)
         table.add_column(column, overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console.print(table)

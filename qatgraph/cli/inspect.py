@@ -1,46 +1,16 @@
-"""Commands that ask about a plan, a target or a file; reading a plan imports neither torch nor an engine."""
+"""Commands that ask about a plan or a target; reading a plan imports neither torch nor an engine."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qatgraph.cli.common import AsJson, PlanFile, app, print_table
-from qatgraph.errors import LowerError
 
 if TYPE_CHECKING:
     from rich.tree import Tree
-
-
-@app.command()
-def audit(
-    file: Annotated[Path, typer.Argument(help="any QDQ model", metavar="FILE.onnx")],
-    as_json: AsJson = False,
-) -> None:
-    """What ONNX Runtime really runs of a QDQ model.
-
-    Which nodes run in int8, and which in float although Q/DQ stand around them.
-
-    \b
-    Example: qatgraph audit build/digits/digits.onnx
-    """
-    from qatgraph.backends.ort_cpu import audit_file
-
-    if not file.is_file():
-        raise LowerError("QG506", f"there is no file '{file}'", where="audit", todo="check the path")
-    found = audit_file(file.read_bytes())
-    if as_json:
-        print(json.dumps(found.as_json(), indent=1))
-        return
-    print_table(
-        f"{file.name}: {len(found.int8)} nodes run in int8, {len(found.silent_float)} silently in float, "
-        f"{found.other} were never quantized",
-        ("node", "kernel", "runs in"),
-        [(n.name, n.kernel, "int8") for n in found.int8] + [(n.name, n.kernel, "FLOAT") for n in found.silent_float],
-    )
 
 
 @app.command()
@@ -131,7 +101,7 @@ def targets(
         print(table.model_dump_json(indent=1))
         return
     rows = [(r.id, r.op, r.placement, r.kernel, " or ".join(map(str, r.x)), " or ".join(r.bias)) for r in table.row]
-    print(f"planning passes: {table.pipeline}\n")
+    print(f"planning passes: {table.pipeline}" + (f"\nrequires: {table.requires}" if table.requires else "") + "\n")
     print_table(table.description, ("row", "operation", "placement", "kernel", "input grid", "bias"), rows)
 
 

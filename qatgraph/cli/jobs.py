@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +99,51 @@ def replay(
 
     digest = replay_folder(folder, job, output, say=lambda s: print(s, flush=True))
     print(f"the same bytes: sha256 {digest}")
+
+
+@app.command()
+def saturation(job: JobFile, target: TargetOption = None, passes: PassesOption = None, as_json: AsJson = False) -> None:
+    """What 16-bit sums cost without VNNI, by cure.
+
+    \b
+    Pair sums of 16 bits at full-range scales: by layer and output channel, the worst case and what happens on data.
+    Cures: pair-safe scales, 7-bit weights, the exact session option. The model is calibrated, not trained.
+
+    \b
+    Example: qatgraph saturation examples/jobs/digits.toml
+    """
+    from qatgraph.runner import saturation as analyse
+
+    with busy(f"capture {job}") as say:
+        found = analyse(job, target=_target(target), passes=passes or [], say=say).as_json()
+    print(json.dumps(found, indent=1)) if as_json else _show_saturation(found)
+
+
+def _show_saturation(found: dict[str, Any]) -> None:
+    layers, cures = found["layers"], found["cures"]
+    shares, worst = ("channels_that_could", "pairs_that_do", "outputs_that_do"), "{index}: {outputs_that_do:.0%}"
+    print_table(
+        f"{found['target']} at full range on x86 without VNNI: channels that could saturate, pair sums and outputs "
+        "that do, the worst channel and its share of outputs",
+        ("product", "kernel", "K", "could", "pairs", "outputs", "worst"),
+        [
+            (r["node"], r["kernel"], str(r["k"]), *(f"{r[s]:.1%}" for s in shares), worst.format(**r["worst_channel"]))
+            for r in layers
+        ],
+    )
+    print_table(
+        "\nrelative error of each product's output against its float weights, by cure",
+        ("product", *cures),
+        [(r["node"], *(f"{r['relative_error'][c]:.2%}" for c in cures)) for r in layers],
+    )
+    print("", *(f"{c}: {v['is']}" for c, v in cures.items()), sep="\n")
+    measures = [k for k in next(iter(cures.values())) if k not in ("is", "relative_error")]
+    print_table(
+        f"\nthe whole model; milliseconds on {found['isa']}, one thread",
+        ("cure", "error", *measures),
+        [(c, f"{v['relative_error']:.2%}", *(f"{v[m]:.4f}" for m in measures)) for c, v in cures.items()],
+    )
+    print("", *found["summary"], sep="\n")
 
 
 def _target(target: str | None) -> str | None:

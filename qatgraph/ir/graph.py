@@ -283,10 +283,24 @@ def symbol_free(size: Any) -> int | str:
 
 
 def arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """(role, argument) of each positional argument, roles from the table of kinds."""
+    """(role, argument) of each positional argument, roles from the table of kinds; of a list of nodes x0, x1, …"""
     roles = roles_of(record(node).kind)
     for i, arg in enumerate(node.args):
-        yield (roles[i] if i < len(roles) else f"arg{i}"), arg
+        role = roles[i] if i < len(roles) else f"arg{i}"
+        if isinstance(arg, (list, tuple)) and any(isinstance(a, fx.Node) for a in arg):
+            yield from ((f"{role}{j}", a) for j, a in enumerate(arg))
+        else:
+            yield role, arg
+
+
+def set_argument(node: fx.Node, role: str, value: fx.Node) -> None:
+    """Give the node another argument at this role."""
+    new = {r: value if r == role else a for r, a in arguments(node)}
+    rest = iter(new.values())
+    lists = [
+        len(a) if isinstance(a, (list, tuple)) and any(isinstance(b, fx.Node) for b in a) else 0 for a in node.args
+    ]
+    node.args = tuple([next(rest) for _ in range(n)] if n else next(rest) for n in lists)
 
 
 def _foreign(where: str, what: str) -> CaptureError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from qatgraph.errors import PlanError, nearest
 
@@ -55,3 +55,8 @@ def attribute_path(module: str, port: str) -> str:
     """
     last = quote(":" + port, safe="").replace(".", "%2E")
     return f"{module}.{last}" if module else last
+
+
+def quantizer_name(path: str) -> str:
+    """The name of the quantizer that lives at a path: the way back from ``attribute_path``."""
+    return unquote(path).replace(".:", ":").removeprefix(":")

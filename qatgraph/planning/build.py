@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qatgraph.ir.topology import partitions
+from qatgraph.planning.choices import Choice, port_of
 from qatgraph.planning.constraints import Author, Constraint, Port
 from qatgraph.planning.facts import NodeFact
+from qatgraph.planning.grids import Grid, port_options, value_at
 from qatgraph.planning.plan import Alternative, Decision, Partition, Placement, Plan, Prediction, Quantizer
 from qatgraph.planning.predict import UNASKED, bias_of
 from qatgraph.planning.recipe import Recipe
-from qatgraph.planning.solver import ABSENT_WHY, Choice, Grid, Solution, port_options, solve, value_at
+from qatgraph.planning.solver import ABSENT_WHY, Solution, solve
 from qatgraph.planning.target import Row, Target
 from qatgraph.specs import DType, Granularity, QuantSpec, ScaleRule
 
@@ -38,6 +40,7 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
     choices = solution.choices.values()
     return Plan(
         target=context.target.name,
+        requires=context.target.requires,
         backend=context.target.backend,
         opset=context.target.opset,
         recipe=context.recipe.name,
@@ -45,7 +48,7 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
         quantizers=tuple(quantizers),
         placements=tuple(_placement(c, chosen, number) for c in choices),
         partitions=parts,
-        predictions=tuple(_prediction(c) for c in choices if c.rows),
+        predictions=tuple(_prediction(c) for c in choices if c.rows and not _moves_floats(c)),
         decisions=(*(_decision(c) for c in choices), *grid_decisions),
         hashes=hashes,
     )
@@ -61,15 +64,22 @@ def _prediction(choice: Choice) -> Prediction:
     row, name = choice.row, choice.fact.name
     pinned = choice.held is not None
     if row is None:
-        return Prediction(name, "", "", False, pinned=pinned, blocked_by="no row of the target fits")
+        first, why = choice.rows[0]
+        reason = choice.held.why if choice.held else f"'{first.id}' does not fit: {why or choice.out[first.id]}"
+        return Prediction(name, "", "", False, pinned=pinned, blocked_by=reason)
     if row.placement == "int8":
-        return Prediction(name, row.kernel, row.id, True, row.accumulator)
+        return Prediction(name, row.kernel, row.id, True, row.accumulator, row.k_order, row.requant, row.deviation)
     best = next(((r, why or choice.out.get(r.id, "")) for r, why in choice.rows if r.placement == "int8"), None)
     blocked = choice.held.why if choice.held else row.why.format(**choice.fact.words())
     remedy = row.remedy.format(**choice.fact.words()) or (
         f"make '{best[0].id}' fit: {best[1]}" if best and not choice.held else ""
     )
-    return Prediction(name, row.kernel, row.id, False, "", pinned, blocked, remedy)
+    return Prediction(name, row.kernel, row.id, False, pinned=pinned, blocked_by=blocked, remedy=remedy)
+
+
+def _moves_floats(choice: Choice) -> bool:
+    """Rows for what only moves elements promise nothing where it moves floats."""
+    return choice.row is None and all(row.moves for row, _ in choice.rows)
 
 
 def _decision(choice: Choice) -> Decision:
@@ -110,18 +120,20 @@ def _quantizers(
     quantizers: list[Quantizer] = []
     decisions: list[Decision] = []
     shared = _shared(stated)
+    int8 = (c for c in solution.choices.values() if c.int8)
+    asked = {p: s for c in int8 for _, p, s in port_options(c, solution.choices, solution.readers)}
     for grid in solution.grids:
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
         weight = first.role == "weight"
         observer = "" if weight else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
-        decisions.append(_grid_decision(str(first), grid, solution, shared))
+        decisions.append(_grid_decision(str(first), grid, solution, shared, asked))
     at = {p: q for q in reversed(quantizers) for p in q.ports}
     for constraint in (c for c in stated if c.kind == "derive"):
         choice = solution.choices[constraint.ports[0].node]
         if choice.row is None or not choice.int8 or bias_of(choice.row, choice.fact, choice.wants) != "int32":
             continue
-        derived = _derived(constraint, at)
+        derived = _derived(constraint, at, solution)
         quantizers.append(derived)
         decisions.append(Decision(derived.name, str(derived.spec), constraint.author, choice.row.id, constraint.why))
     return quantizers, decisions
@@ -136,16 +148,24 @@ def _shared(stated: Sequence[Constraint]) -> dict[str, tuple[int, Constraint]]:
     return found
 
 
-def _derived(constraint: Constraint, at: dict[Port, Quantizer]) -> Quantizer:
-    bias, *sources = constraint.ports
-    found = [at[p] for p in sources]
+def _derived(constraint: Constraint, at: dict[Port, Quantizer], solution: Solution) -> Quantizer:
+    bias, x, weight = constraint.ports
+    choices = solution.choices
+    _, source = port_of(choices[x.node], x.role, value_at(x, choices), choices)
+    found = [at[source], at[weight]]
     per_channel = any(q.spec.granularity is Granularity.PER_CHANNEL for q in found)
     granularity = Granularity.PER_CHANNEL if per_channel else Granularity.PER_TENSOR
     spec = QuantSpec(DType.S32, granularity=granularity, axis=0 if per_channel else None, scale=ScaleRule.DERIVED)
     return Quantizer(str(bias), spec, (str(bias),), (bias,), derived_from=tuple(q.name for q in found))
 
 
-def _grid_decision(name: str, grid: Grid, solution: Solution, shared: dict[str, tuple[int, Constraint]]) -> Decision:
+def _grid_decision(
+    name: str,
+    grid: Grid,
+    solution: Solution,
+    shared: dict[str, tuple[int, Constraint]],
+    asked: dict[Port, tuple[QuantSpec, ...]],
+) -> Decision:
     owner = next(solution.choices[p.node] for p in grid.ports)
     assert owner.row is not None
     spec = grid.options[0]
@@ -157,7 +177,7 @@ def _grid_decision(name: str, grid: Grid, solution: Solution, shared: dict[str, 
         if sharing:
             _, first = min(sharing, key=lambda s: s[0])
             why += f"; {first.author}: {first.why}"
-    wished = {p: s for p in grid.ports for _, q, s in port_options(solution.choices[p.node]) if q == p}
+    wished = {p: asked[p] for p in grid.ports}
     lost = [
         Alternative(str(s), Author("row", _row_id(solution, port)), f"the other readers of {value} need {spec}")
         for port, specs in wished.items()

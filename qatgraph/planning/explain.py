@@ -24,7 +24,11 @@ def plan_text(plan: Plan) -> str:
 
 def totals(plan: Plan) -> list[str]:
     """A few lines that sum a plan up."""
-    int8 = Counter(f"{kind(plan, p.node)} as {p.kernel}" for p in plan.predictions if p.int8)
+    int8 = Counter(
+        f"{kind(plan, p.node)} as {p.kernel.split('|')[0] or 'a part of another kernel'}"
+        for p in plan.predictions
+        if p.int8
+    )
     pinned = Counter(kind(plan, p.node) for p in plan.predictions if p.pinned)
     rest = Counter(kind(plan, p.node) for p in plan.predictions if not p.int8 and not p.pinned)
     grids = Counter(str(q.spec) for q in plan.quantizers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import fx
@@ -35,8 +35,10 @@ class NodeFact:
     """One operation with a float result.
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
-    ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout; ``bytes``
-    its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
+    ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
+    ``output`` if the model returns it; ``low`` the smallest value that the operation can give, if it has one;
+    ``zeros`` says that it pads an image with zeros;
+    ``bytes`` its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
     a ``constant`` (it depends on no input), or only gives a ``state`` of the model a new value.
     """
 
@@ -52,6 +54,8 @@ class NodeFact:
     readers: tuple[str, ...]
     bytes: int
     x_bytes: int = 0
+    low: float | None = None
+    zeros: bool = False
     absent: Literal["", "constant", "state"] = ""
 
     @property
@@ -61,6 +65,14 @@ class NodeFact:
     @property
     def dynamic(self) -> bool:
         return any(isinstance(s, str) for s in self.x_shape)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel of a convolution has one filter of its own: ``[C, 1, ...]`` over C channels."""
+        weight = self.parameter("weight")
+        if weight is None or len(weight.shape) < 3:
+            return False
+        return weight.shape[1] == 1 < weight.shape[0] == self.x_shape[-len(weight.shape) + 1]
 
     def parameter(self, role: str) -> ParameterFact | None:
         return next((p for p in self.parameters if p.role == role), None)
@@ -109,10 +121,31 @@ def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
 def _reader_kinds(node: fx.Node) -> Iterator[str]:
     from qatgraph.ir.meta import has_record, record
 
-    for user in (u for u in node.users if has_record(u)):
-        yield record(user).kind
-        if record(user).kind == "dropout":  # it is gone when the engine runs
-            yield from _reader_kinds(user)
+    for user in node.users:
+        if user.op == "output":
+            yield "output"
+        elif has_record(user):
+            yield record(user).kind
+            if record(user).kind == "dropout":  # it is gone when the engine runs
+                yield from _reader_kinds(user)
+
+
+def _pads_images(node: fx.Node) -> bool:
+    """Whether zeros are put around the spatial axes, and nothing is cut off."""
+    from qatgraph.rewriting.matcher import attribute
+
+    ends: Any = attribute(node, "pad")
+    plain = attribute(node, "mode") == "constant" and attribute(node, "value") in (None, 0)
+    spatial = 2 * (node.meta["val"].ndim - 2)
+    return plain and all(isinstance(e, int) and e >= 0 for e in ends) and not any(ends[spatial:])
+
+
+def _low(node: fx.Node, kind: str) -> float | None:
+    """The smallest value of a result that has a bound by its operation."""
+    if kind == "clamp":
+        bound = node.args[1] if len(node.args) > 1 else None
+        return float(bound) if isinstance(bound, (int, float)) else None
+    return 0.0 if kind in ("relu", "sigmoid", "softmax", "safe_softmax") else None
 
 
 def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
@@ -175,6 +208,8 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             readers=tuple(sorted(set(_reader_kinds(node)))),
             bytes=elements * 4,
             x_bytes=x_bytes,
+            low=_low(node, known.kind),
+            zeros=known.kind == "pad" and _pads_images(node),
             absent="constant" if node not in varying else "" if node in needed else "state",
         )
 

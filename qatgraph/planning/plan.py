@@ -76,23 +76,36 @@ class Partition:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The kernel that the engine will choose; alternatives are joined by ``|``, empty means any float kernel."""
+    """The kernel that the engine will choose; alternatives are joined by ``|``.
+
+    An empty one means any float kernel, or, of an int8 node, that it is a part of another node's kernel.
+    ``accumulator``, ``k_order``, ``requant`` and ``deviation`` are those of the row, see ``target.Row``.
+    """
 
     node: str
     kernel: str
     row: str
     int8: bool
-    accumulator: str = ""  # of an int8 kernel that multiplies; a table that is only looked up has none
+    accumulator: str = ""
+    k_order: str = ""
+    requant: str = ""
+    deviation: int = 0
     pinned: bool = False
     blocked_by: str = ""
     remedy: str = ""
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether its products are first added in pairs to 16 bits, on x86 without VNNI."""
+        return self.accumulator == "pair16-without-vnni"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """``backend`` and ``opset`` come from the target's table, so that a plan lowers without it."""
+    """``requires``, ``backend`` and ``opset`` come from the target's table, so that a plan lowers without it."""
 
     target: str
+    requires: str
     backend: str
     opset: int
     recipe: str

@@ -42,6 +42,10 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
     if row.dynamic is not None and row.dynamic != fact.dynamic:
         need = "a dynamic" if row.dynamic else "a fully static"
         return f"the row is for {need} shape, the input is {fact.words()['shape']}"
+    if row.reads and len(fact.inputs) != row.reads:
+        return f"the row is for {row.reads} activations, the node reads {len(fact.inputs)}"
+    if row.depthwise is not None and row.depthwise != fact.depthwise:
+        return f"the row is for {'one filter' if row.depthwise else 'several filters'} a channel"
     reader = next((k for k in fact.readers if k in row.not_read_by), None)
     if reader is not None:
         return (

@@ -8,15 +8,15 @@ demotion enables a better row elsewhere (a test checks this for each table): the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qatgraph.errors import PlanError
-from qatgraph.ops import keeps_grid
-from qatgraph.planning.constraints import RECIPE_NAMED, Constraint, Port
+from qatgraph.planning.choices import Choice, Choices, Readers, affected, context, readers_of
+from qatgraph.planning.constraints import RECIPE_NAMED, Constraint
 from qatgraph.planning.facts import NodeFact
-from qatgraph.planning.predict import Wants, candidates, weight_options
-from qatgraph.planning.target import Row, Target
-from qatgraph.specs import QuantSpec
+from qatgraph.planning.grids import Grid, conflicts, grids_of, share
+from qatgraph.planning.predict import Wants, candidates
+from qatgraph.planning.target import Target
 
 ABSENT_WHY = {
     "constant": "'{}' depends on no input of the model: it is computed once, in float, and no kernel is left of it",
@@ -25,42 +25,9 @@ ABSENT_WHY = {
 
 
 @dataclass
-class Choice:
-    """The state of one node: its rows best first, those that are out with the reason, and the one chosen."""
-
-    fact: NodeFact
-    wants: Wants
-    rows: list[tuple[Row, str]]
-    held: Constraint | None = None  # the float constraint that holds the node
-    int8s: list[Constraint] = field(default_factory=list)  # who wants it in int8
-    asked: list[Constraint] = field(default_factory=list)  # who wants a grid or a form of bias
-    out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def row(self) -> Row | None:
-        return next((r for r, why in self.rows if not why and r.id not in self.out), None)
-
-    @property
-    def int8(self) -> bool:
-        return self.row is not None and self.row.placement == "int8"
-
-    def demote(self, why: str) -> None:
-        assert self.row is not None
-        self.out[self.row.id] = why
-
-
-@dataclass
-class Grid:
-    """One quantizer to be: a value (or the shared class of values), its options and the ports that read or write it."""
-
-    values: tuple[str, ...]
-    options: tuple[QuantSpec, ...]
-    ports: tuple[Port, ...]
-
-
-@dataclass
 class Solution:
-    choices: dict[str, Choice]
+    choices: Choices
+    readers: Readers
     grids: list[Grid]
     unshared: list[tuple[Constraint, str]]
 
@@ -76,20 +43,20 @@ def solve(facts: tuple[NodeFact, ...], target: Target, constraints: Iterable[Con
     for constraint in ordered:
         of_node.setdefault(constraint.ports[0].node, []).append(constraint)
     choices = {f.name: _start(f, target, of_node[f.name]) for f in facts}
-    readers = _readers(facts)
+    readers = readers_of(facts)
     pending: Iterable[str] = choices
     while True:
-        failing = {n: why for n in pending if choices[n].int8 and (why := _context(choices[n], choices))}
-        failing = failing or _conflicts(choices)
+        failing = {n: why for n in pending if choices[n].int8 and (why := context(choices[n], choices, readers))}
+        failing = failing or conflicts(choices, readers)
         if not failing:
             break
         for name, why in failing.items():
             choices[name].demote(why)
-        pending = _affected(failing, readers, choices)
+        pending = affected(failing, readers, choices)
     for choice in choices.values():
         _keep_or_refuse(choice, target)
-    grids, unshared = _share(_grids(choices), [c for c in ordered if c.kind == "share"], choices)
-    return Solution(choices, grids, unshared)
+    grids, unshared = share(grids_of(choices, readers), [c for c in ordered if c.kind == "share"], choices)
+    return Solution(choices, readers, grids, unshared)
 
 
 def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Choice:
@@ -134,134 +101,3 @@ def _conflict(fact: NodeFact, a: Constraint, b: Constraint) -> PlanError:
         why="both are of the same strength",
         todo="remove one of them",
     )
-
-
-def _context(choice: Choice, choices: dict[str, Choice]) -> str:
-    """Why the neighbours do not fit the chosen row; empty if they do."""
-    assert choice.row is not None
-    if choice.row.needs != "inputs-int8":
-        return ""
-    for role, value in choice.fact.inputs:
-        if not _written_int8(value, choices):
-            return f"its input {role}, '{value}', is not int8"
-    return ""
-
-
-def _readers(facts: tuple[NodeFact, ...]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for fact in facts:
-        for _, value in fact.inputs:
-            found.setdefault(value, []).append(fact.name)
-    return found
-
-
-def _affected(demoted: Iterable[str], readers: dict[str, list[str]], choices: dict[str, Choice]) -> set[str]:
-    """The nodes whose context a demotion changes: what reads the result, also behind what only moves elements."""
-    found, pending = set(demoted), list(demoted)
-    while pending:
-        for reader in readers.get(pending.pop(), ()):
-            if reader not in found and keeps_grid(choices[reader].fact.kind):
-                pending.append(reader)
-            found.add(reader)
-    return found
-
-
-def _written_int8(value: str, choices: dict[str, Choice]) -> bool:
-    producer = choices.get(value)
-    if producer is None:
-        return False
-    if producer.int8:
-        return bool(producer.row and producer.row.out)
-    moved = producer.fact.inputs if keeps_grid(producer.fact.kind) else ()
-    return bool(moved) and _written_int8(moved[0][1], choices)
-
-
-def port_options(choice: Choice) -> list[tuple[str, Port, tuple[QuantSpec, ...]]]:
-    """(value, port, grids by preference) of everything that an int8 node reads or writes."""
-    row, fact = choice.row, choice.fact
-    assert row is not None
-    found = [(value, Port(fact.name, role), row.x) for role, value in fact.inputs if row.x]
-    weight = fact.parameter("weight")
-    if weight is not None and row.weight:
-        found.append((weight.storage, Port(fact.name, "weight"), weight_options(row, choice.wants)))
-    if row.out:
-        found.append((fact.name, Port(fact.name, "out"), row.out))
-    return found
-
-
-def meet(a: tuple[QuantSpec, ...], b: tuple[QuantSpec, ...]) -> tuple[QuantSpec, ...]:
-    """The grids that both lists take, in the order of the first."""
-    return tuple(m for one in a for other in b if (m := one.meet(other)) is not None)
-
-
-def _conflicts(choices: dict[str, Choice]) -> dict[str, str]:
-    """The nodes whose grid of a value contradicts that of an earlier node."""
-    options: dict[str, tuple[tuple[QuantSpec, ...], str]] = {}
-    failing: dict[str, str] = {}
-    for name, choice in choices.items():
-        if not choice.int8:
-            continue
-        own: dict[str, tuple[tuple[QuantSpec, ...], str]] = {}
-        for value, port, specs in port_options(choice):
-            have, first = own.get(value) or options.get(value) or (specs, str(port))
-            common = meet(have, specs)
-            if not common:
-                failing[name] = f"its grid of '{value}' ({specs[0]}) contradicts that of '{first}' ({have[0]})"
-                break
-            own[value] = (common, first)
-        else:
-            options |= own
-    return failing
-
-
-def value_at(port: Port, choices: dict[str, Choice]) -> str:
-    """The value that a port reads or writes."""
-    choice = choices.get(port.node)
-    if choice is None or port.role == "out":
-        return port.node
-    parameter = choice.fact.parameter(port.role)
-    return parameter.storage if parameter else next(v for role, v in choice.fact.inputs if role == port.role)
-
-
-def _grids(choices: dict[str, Choice]) -> list[Grid]:
-    grids: dict[str, Grid] = {}
-    for choice in choices.values():
-        if not choice.int8:
-            continue
-        for value, port, specs in port_options(choice):
-            grid = grids.setdefault(value, Grid((value,), specs, ()))
-            grid.options = meet(grid.options, specs)
-            grid.ports = (*grid.ports, port)
-    return list(grids.values())
-
-
-def _share(
-    grids: list[Grid], shares: list[Constraint], choices: dict[str, Choice]
-) -> tuple[list[Grid], list[tuple[Constraint, str]]]:
-    """Merge the grids of values that shall share one; a value without a quantizer only passes the wish on."""
-    group: dict[str, str] = {}
-
-    def root(value: str) -> str:
-        while group.get(value, value) != value:
-            value = group[value]
-        return value
-
-    for constraint in shares:
-        roots = sorted({root(value_at(p, choices)) for p in constraint.ports})
-        group.update(dict.fromkeys(roots, roots[0]))
-    merged: dict[str, Grid] = {}
-    unshared: list[tuple[Constraint, str]] = []
-    for grid in grids:
-        key = root(grid.values[0])
-        have = merged.get(key)
-        if have is None:
-            merged[key] = grid
-            continue
-        common = meet(have.options, grid.options)
-        if not common:
-            why = f"'{have.values[0]}' is {have.options[0]}, '{grid.values[0]}' is {grid.options[0]}"
-            unshared += [(c, why) for c in shares if root(value_at(c.ports[0], choices)) == key]
-            merged[grid.values[0] + "/own"] = grid
-            continue
-        merged[key] = Grid(have.values + grid.values, common, have.ports + grid.ports)
-    return list(merged.values()), unshared

@@ -9,11 +9,12 @@ from importlib import resources
 from importlib.metadata import EntryPoint
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 
 from qatgraph.errors import TargetError, nearest
+from qatgraph.planning.extending import taken_over
 from qatgraph.planning.facts import WORDS
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 from qatgraph.rewriting.plugins import Plugins, distribution
@@ -26,14 +27,38 @@ Spec = Annotated[
     PlainSerializer(str),
 ]
 BiasForm = Literal["none", "int32", "row", "vector"]
+# What a neighbour must be: see ``Row.needs``.
+Needs = Literal["", "inputs-int8", "readers-int8", "between-int8", "inside", "before"]
+# How the kernel makes its result of the int32 sums, or of the integers that it read: see ``Row.requant``.
+Requant = Literal["", "float-result", "scaled-sum", "through-float", "moved"]
+Accumulator = Literal["", "int32", "pair16-without-vnni"]
+KOrder = Literal["", "rows", "channels-last"]
+Requires = Literal["", "vnni"]
+LAYERS = ("linear", "conv1d", "conv2d", "conv3d")  # their weights are [out, in, ...]: the sum runs over the rest
 
 
 class Row(UserModel):
     """What a target does with one kind of operation in one context.
 
-    ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering writes it.
-    ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row (``[1, .., N]``)
-    or vector (``[N]``). ``not_read_by``: kinds that must not read the result; ``needs``: what the neighbours must be.
+    ``op``: a kind, or several joined by ``|``; so with ``kernel``, where it is empty for what runs inside the kernel
+    of another node. ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering
+    writes it. ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row
+    (``[1, .., N]``) or vector (``[N]``). ``depthwise``: whether each channel has a filter of its own and nothing
+    else. ``reads``: how many activations it takes; constants and numbers do not count. ``not_read_by``: kinds that must
+    not read the result. ``fuses_after``: kinds of one region with this node that its kernel takes in, if their smallest
+    value is 0; the grid ``out`` stands behind them. ``fuses_before``: kinds that it takes in on the way to ``x``, if it
+    alone reads them: a ``pad`` with zeros; the grid stands in front of them.
+    ``needs``: ``inputs-int8``, every input is written as integers; ``readers-int8``, every reader takes integers;
+    ``between-int8``, both; ``inside``, the node in front has a row that takes this one in; ``before``, the one
+    behind.
+
+    ``requant``: ``float-result``, float32 ``acc * (s_x * s_w)``, which is not rounded to a grid; ``scaled-sum``,
+    ``round_half_even(acc * float32(s_x * s_w / s_y)) + z_y``; ``through-float``, the operation in float32 between a
+    dequantize and a quantize; ``moved``, the integers as they are. ``deviation``: by how many steps the engine may
+    differ from it. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added in pairs to
+    16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows ``[N, K]`` of a
+    matrix or the channels of each position of a filter.
+
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
     """
 
@@ -45,18 +70,28 @@ class Row(UserModel):
     form: str = ""
     rank: tuple[int, ...] = ()
     dynamic: bool | None = None
+    depthwise: bool | None = None
+    reads: int = 0
     x: tuple[Spec, ...] = ()
     weight: tuple[Spec, ...] = ()
     out: tuple[Spec, ...] = ()
     bias: tuple[BiasForm, ...] = ()
     not_read_by: tuple[str, ...] = ()
-    needs: Literal["", "inputs-int8"] = ""
+    fuses_after: tuple[str, ...] = ()
+    fuses_before: tuple[str, ...] = ()
+    needs: Needs = ""
     remedy: str = ""
-    requant: str = ""
-    accumulator: str = ""
-    k_order: str = ""
+    requant: Requant = ""
+    deviation: int = Field(default=0, ge=0)
+    accumulator: Accumulator = ""
+    k_order: KOrder = ""
     versions: str = ""
     source: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the input and the result lie on one grid."""
+        return self.placement == "int8" and self.requant == "moved"
 
     @field_validator("why", "remedy")
     @classmethod
@@ -78,6 +113,13 @@ class Row(UserModel):
                     raise ValueError(f"row '{self.id}': no quantizer makes {role} = '{spec}': {why}")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_moved(self) -> Row:
+        """What only moves integers reads and writes one grid."""
+        if self.moves and (not self.x or self.x != self.out):
+            raise ValueError(f"row '{self.id}': it moves integers, so x and out are the same grids")
+        return self
+
 
 def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     """Why a grid cannot be trained at this place; empty if it can."""
@@ -86,26 +128,46 @@ def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     if role != "weight":
         if spec.axis is not None:
             return "an activation has one scale: per-tensor"
-        return "pair-safe is a rule for weights" if spec.scale is ScaleRule.PAIR_SAFE else ""
+        bound = spec.scale in (ScaleRule.PAIR_SAFE, ScaleRule.REDUCED_RANGE)
+        return f"{spec.scale.value} is a rule for weights" if bound else ""
     if (spec.dtype, spec.scheme) != (DType.S8, Scheme.SYMMETRIC):
         return "weights are s8 symmetric"
     if op == "embedding" and spec.axis is not None:
         return "the rows that are looked up in a table share one scale: per-tensor"
+    if spec.axis and set(op.split("|")) & set(LAYERS):
+        return "scales on the input channels cannot leave the sum over them: per-channel(0)"
     return ""
 
 
 class Target(UserModel):
     """A table that passes and the solver ask; they never ask for a target's name.
 
-    ``pipeline`` is the text of the planning passes that are asked, by default the built-in ones.
+    ``pipeline`` is the text of the planning passes that are asked, by default the built-in ones. ``requires`` is what
+    the CPU must have, or the file would be quietly wrong: with ``vnni`` (AVX512-VNNI, AVX-VNNI or AMX) no sum of
+    products passes through 16 bits, so that rows may use the full range of a weight.
+
+    ``extends`` names another target, or a TOML file beside this one. Its table is taken over but for name and
+    description: ``without`` lists the ids of rows that go, a row with the id of one of its rows gives the keys that
+    change, and other rows stand in front. What ``row`` holds is the whole table.
     """
 
     name: str
     description: str
+    extends: str = ""
+    without: tuple[str, ...] = ()
+    requires: Requires = ""
     backend: str = ""
     opset: int = 0
     pipeline: str = "plan"
     row: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_over(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("extends"), str) or not data["extends"]:
+            return data
+        folder, files = info.context or (Path(), ())
+        return taken_over(data, _base(data["extends"], folder, files))
 
     @model_validator(mode="after")
     def _lowers(self) -> Target:
@@ -115,7 +177,7 @@ class Target(UserModel):
 
     def rows(self, op: str) -> tuple[Row, ...]:
         """The rows of one kind, best first."""
-        return tuple(r for r in self.row if r.op == op)
+        return tuple(r for r in self.row if op in r.op.split("|"))
 
     def hash(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -145,9 +207,8 @@ def load_target(name_or_path: str) -> Target:
         TargetError: QG401 unknown name, QG402 the table is not valid, QG404 two packages bring one of this name,
             QG405 the package does not load.
     """
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        return _parse(read_text(path, what="target file", error=TargetError, code="QG401"), path.name)
+    if name_or_path.endswith(".toml"):
+        return _of_file(Path(name_or_path))
     point = PLUGINS.find(name_or_path, builtin_names())
     if name_or_path in builtin_names():
         return _builtin(name_or_path)
@@ -161,6 +222,20 @@ def load_target(name_or_path: str) -> Target:
         why=f"did you mean {near}?" if near else f"known targets: {', '.join(target_names())}",
         todo="see `qatgraph targets`, or give the path of a TOML file",
     )
+
+
+def _of_file(path: Path, extended_by: tuple[Path, ...] = ()) -> Target:
+    text = read_text(path, what="target file", error=TargetError, code="QG401")
+    return _parse(text, path.name, (path.parent, (*extended_by, path.resolve())))
+
+
+def _base(name: str, folder: Path, files: tuple[Path, ...]) -> Target:
+    """The target that one of ``folder`` extends; ``files`` are those that extend it."""
+    if not name.endswith(".toml"):
+        return load_target(name)
+    if (folder / name).resolve() in files:
+        raise ValueError(f"extends: '{name}' extends itself")
+    return _of_file(folder / name, files)
 
 
 def _of_package(point: EntryPoint) -> Target:
@@ -188,10 +263,11 @@ def _builtin(name: str) -> Target:
     return _parse(file.read_text(encoding="utf-8"), name)
 
 
-def _parse(text: str, where: str) -> Target:
+def _parse(text: str, where: str, context: Any = None) -> Target:
     target = parse_toml(
         Target,
         text,
+        context=context,
         where=where,
         error=TargetError,
         code="QG402",

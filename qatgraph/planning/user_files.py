@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,10 +20,12 @@ class UserModel(BaseModel):
 M = TypeVar("M", bound=UserModel)
 
 
-def parse_toml(model: type[M], text: str, *, where: str, error: type[QatgraphError], code: str, todo: str) -> M:
-    """Read a typed model from TOML text, or raise ``error`` with ``code``."""
+def parse_toml(
+    model: type[M], text: str, *, where: str, error: type[QatgraphError], code: str, todo: str, context: Any = None
+) -> M:
+    """Read a typed model from TOML text, or raise ``error`` with ``code``; ``context`` is for its validators."""
     try:
-        return model.model_validate(tomllib.loads(text))
+        return model.model_validate(tomllib.loads(text), context=context)
     except (tomllib.TOMLDecodeError, ValidationError) as problem:
         raise error(
             code, f"the {model.__name__.lower()} is not valid", where=where, why=_first(problem), todo=todo
@@ -50,6 +52,6 @@ def _first(problem: Exception) -> str:
     first = problem.errors()[0]
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']}"
+        return f"{where}: {first['msg']}".removeprefix(": ")
     near = nearest(str(first["loc"][-1]), {k for m in UserModel.__subclasses__() for k in m.model_fields})
     return f"unknown key '{where}'" + (f", did you mean {near}?" if near else "")

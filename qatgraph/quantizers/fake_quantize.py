@@ -67,14 +67,16 @@ class FakeQuantize(torch.nn.Module):
 class ActivationFakeQuantize(FakeQuantize):
     """A grid found by an observer, per tensor; fixed after calibration.
 
-    It saturates where ONNX QuantizeLinear does, at the limits of the integer type: s8 reaches -128.
+    It saturates where ONNX QuantizeLinear does, at the limits of the integer type: s8 reaches -128. ``bound`` is the
+    largest value that a clamp in front lets through.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, spec: QuantSpec, observer: str) -> None:
+    def __init__(self, spec: QuantSpec, observer: str, bound: float | None = None) -> None:
         super().__init__(spec)
+        self.bound = bound
         self.observer = make_observer(observer)
         span = torch.iinfo(STORAGE[spec.dtype])
         self.qmin, self.qmax = span.min, span.max
@@ -83,8 +85,15 @@ class ActivationFakeQuantize(FakeQuantize):
         self.register_buffer("zero_point", torch.tensor(0.0))
 
     def settle(self) -> None:
-        """Turn what was observed into the grid."""
-        scale, zero = range_grid(*self.observer.range(self.spec), self.spec)
+        """Turn what was observed into the grid.
+
+        Behind a clamp, a range of zeros becomes that of the clamp, up to steps of 1: an engine takes a clamp into the
+        kernel in front of it only if the grid ends there.
+        """
+        low, high = self.observer.range(self.spec)
+        if self.bound is not None and self.bound > 0 and not bool(low.any() | high.any()):
+            high = torch.full_like(high, min(self.bound, self.spec.qmax - self.spec.qmin))
+        scale, zero = range_grid(low, high, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
         self.switch_on()
@@ -102,20 +111,28 @@ class WeightFakeQuantize(FakeQuantize):
     """A symmetric grid that follows the weight: the scale is computed from it in each forward, and at conversion
     by the same function, so that training and deployment agree bit for bit.
 
+    ``floor``, one or per channel, is the least scale that a bias in units of it allows; calibration sets it.
+
     ``forward(rows, table)`` puts looked-up rows on the grid of their table: the same result as looking up in the
     quantized table, at a fraction of the cost.
     """
 
+    floor: torch.Tensor
+
+    def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
+        super().__init__(spec)
+        self.register_buffer("floor", torch.zeros(() if channels is None else channels))
+
     def forward(self, weight: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         if not self.on:
             return weight
-        scale = weight_scale(weight if table is None else table, self.spec)
+        scale = weight_scale(weight if table is None else table, self.spec, self.floor)
         zero = torch.zeros((), device=weight.device).expand_as(scale)
         return straight_through(weight, scale, zero, self.spec.qmin, self.spec.qmax, self.spec.axis)
 
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(int8 weight, scale)``."""
         with torch.no_grad():
-            scale = weight_scale(weight, self.spec)
+            scale = weight_scale(weight, self.spec, self.floor)
             q = quantize(weight, scale, torch.zeros_like(scale), self.spec.qmin, self.spec.qmax, self.spec.axis)
         return q.to(torch.int8), scale

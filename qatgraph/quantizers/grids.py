@@ -9,6 +9,8 @@ from qatgraph.specs import DType, QuantSpec, ScaleRule, Scheme
 STORAGE = {DType.U8: torch.uint8, DType.S8: torch.int8, DType.S32: torch.int32}
 # A pair of one sign may sum to 128: 255 * 128 = 32640 fits the signed 16-bit sum of VPMADDUBSW, 255 * 129 does not.
 PAIR_LIMIT = 128
+REDUCED_LIMIT = 63
+BIAS_STEPS = 2**30
 # The proof (docs/decisions/pair-safe-scales.md) needs |a| + |b| < 128 after a float32 division: four ulp of head room.
 _HEAD_ROOM = 1.0 + 2.0**-20
 
@@ -32,21 +34,36 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[
     return scale, (spec.qmin + torch.round(-low / scale)).clamp(spec.qmin, spec.qmax)
 
 
-def weight_scale(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def weight_scale(weight: torch.Tensor, spec: QuantSpec, floor: torch.Tensor | None = None) -> torch.Tensor:
     """The scale of a symmetric weight ``[out, in]`` (or a table): scalar, or one per channel of ``spec.axis``.
 
-    Pair-safe scales bound every pair (2i, 2i+1) along the last axis, the K of a GEMM.
+    ``floor``: no scale is smaller, see ``bias_floor``.
+    Pair-safe scales bound every pair (2i, 2i+1) along K: the last axis of a matrix, and of a filter
+    ``[out, in, *kernel]`` the input channels of each position.
     """
-    flat = weight.detach()
-    if spec.axis is not None:
-        flat = flat.movedim(spec.axis, 0).flatten(1)
+    weight = weight.detach()
+    flat = (weight.movedim(spec.axis, 0) if spec.axis else weight.movedim(1, -1)).flatten(1)
     dims = [flat.ndim - 1] if spec.axis is not None else list(range(flat.ndim))
     top = flat.abs().amax(dim=dims)
-    scale = top / spec.qmax
+    scale = top / (REDUCED_LIMIT if spec.scale is ScaleRule.REDUCED_RANGE else spec.qmax)
     if spec.scale is ScaleRule.PAIR_SAFE:
         scale = torch.maximum(scale, pair_share(flat).amax(dim=dims) * _HEAD_ROOM)
+    if floor is not None:
+        scale = torch.maximum(scale, floor)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)
     return power_of_two(scale) if spec.scale is ScaleRule.POWER_OF_TWO else scale
+
+
+def bias_floor(bias: torch.Tensor, x_scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The smallest weight scale with which a bias ``[out]`` counts at most 2**30 steps of ``s_x * s_w``.
+
+    So it fits into int32 with as much room again for the products and for a bias that grows in training, and the step
+    is not denormal. Of a channel whose bias needs it, weights of 2**-23 of the bias count as nothing. The cure of
+    onnxruntime#22020.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    floor = ((bias.detach().abs() / BIAS_STEPS).clamp(min=tiny) / x_scale).clamp(min=tiny)
+    return floor.amax() if spec.axis is None else floor
 
 
 def pair_share(weight: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from qatgraph.reference.products import (
     gemm,
     linear,
     matmul,
+    matmul_float,
     matmul_integer,
 )
 from qatgraph.reference.saturation import (
@@ -40,6 +41,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "matmul",
+    "matmul_float",
     "matmul_integer",
     "max_pool",
     "mul",

@@ -73,7 +73,8 @@ def lookup(x: Array, x_grid: Grid, out_grid: Grid, function: Pointwise) -> Array
 def softmax(x: Array, x_grid: Grid, out_grid: Grid, *, axis: int) -> Array:
     """QLinearSoftmax: exponentials from a float32 table, below the largest of each row, summed up in order.
 
-    ``round_half_even(e * floor(1 / s_y) / sum(e)) + z_y``: a scale of which the reciprocal is not whole is not kept.
+    ``round_half_even(e * floor(1 / s_y) / sum(e)) + z_y``, multiplied and divided in float64: a scale of which the
+    reciprocal is not whole is not kept.
     Source: onnxruntime ``qlinear_softmax.cc``.
     """
     rows = np.moveaxis(x, axis, -1).astype(np.int32)
@@ -84,7 +85,7 @@ def softmax(x: Array, x_grid: Grid, out_grid: Grid, *, axis: int) -> Array:
     powers = table[255 - rows.max(-1, keepdims=True) + rows]
     total = np.add.accumulate(powers, -1, dtype=np.float32)[..., -1:]
     steps = np.floor(np.float32(1) / np.float32(out_grid.scale))
-    raw = np.rint(powers * steps / total) + np.float32(out_grid.zero_point)
+    raw = np.rint(powers.astype(np.float64) * steps / total) + np.float32(out_grid.zero_point)
     return np.moveaxis(clamp(raw, out_grid.zero_point.dtype), -1, axis)
 
 

@@ -93,12 +93,21 @@ def window(
     return (..., *(slice(p * d, p * d + (n - 1) * s + 1, s) for p, n, s, d in axes))
 
 
-def linear(x: Array, x_scale: Array, zero_point: int, weight: Array, w_scale: Array, bias: Array | None) -> Array:
+def linear(
+    x: Array,
+    x_scale: Array,
+    zero_point: int,
+    weight: Array,
+    w_scale: Array,
+    bias: Array | None,
+    *,
+    accumulator: Accumulator = accumulate,
+) -> Array:
     """A linear with float output, in the arithmetic of MatMulIntegerToFloat and QGemm: float32 ``acc * (s_x * s_w)``.
 
     An int32 bias is added to the accumulator, a float bias to the result.
     """
-    acc = accumulate(x, zero_point, weight)
+    acc = accumulator(x, zero_point, weight)
     if bias is not None and bias.dtype == np.int32:
         acc = acc + bias
     y = acc.astype(np.float32) * (np.float32(x_scale) * w_scale.astype(np.float32))
@@ -115,6 +124,13 @@ def matmul(a: Array, a_grid: Grid, b: Array, b_grid: Grid, out_grid: Grid) -> Ar
     """
     acc = matmul_integer(a, b, a_grid.zero_point, b_grid.zero_point)
     return requantize(acc, output_multiplier(a_grid.scale, b_grid.scale, out_grid.scale), out_grid.zero_point)
+
+
+def matmul_float(a: Array, a_grid: Grid, b: Array, b_grid: Grid) -> Array:
+    """The product of two activations with float output, MatMulIntegerToFloat: float32 ``acc * (s_a * s_b)``."""
+    acc = matmul_integer(a, b, a_grid.zero_point, b_grid.zero_point)
+    result: Array = acc.astype(np.float32) * (np.float32(a_grid.scale) * np.float32(b_grid.scale))
+    return result
 
 
 def gemm(

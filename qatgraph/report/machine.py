@@ -6,6 +6,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from qatgraph.errors import VerifyError
+
 PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir", "numpy", "transformers")
 
 
@@ -26,6 +28,24 @@ def isa() -> str:
 
 def has_vnni() -> bool:
     return isa() in ("AMX", "AVX512-VNNI", "AVX-VNNI")
+
+
+def check_cpu(requires: str, where: str) -> None:
+    """Refuse a CPU on which a file of a target that ``requires`` something would be quietly wrong.
+
+    Raises:
+        VerifyError: QG610 this CPU has no VNNI.
+    """
+    if requires != "vnni" or has_vnni():
+        return
+    raise VerifyError(
+        "QG610",
+        f"this CPU has no VNNI ({isa()}), and the file needs it",
+        where=where,
+        why="its weights use their full range: on x86 without VNNI sums of two products saturate at 16 bits, unseen",
+        todo="lower for the target ort-cpu, which is exact on every CPU, or run the file with the session option "
+        "session.x64quantprecision = 1, which is slower",
+    )
 
 
 def _cpu_flags() -> set[str]:

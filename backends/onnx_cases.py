@@ -1,0 +1,88 @@
+"""A case of probing as an ONNX file, written node by node: in milliseconds, and apart from the lowering it checks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qatgraph.backends.onnx_builder import File
+from qatgraph.backends.onnx_operations import WRITERS, write_relu
+from qatgraph.probing.cases import Case, Grid, Operand
+from qatgraph.reference import Array
+from qatgraph.specs import DType
+
+
+def write_case(case: Case, opset: int, relu: str) -> tuple[bytes, dict[str, Array]]:
+    """The file and its feed; the first output is the result. ``relu`` is the form in which the target writes ReLU."""
+    from onnx import TensorProto
+
+    file = File()
+    values = {role: _operand(file, role, operand, case) for role, operand in case.inputs.items()}
+    others = [file.add("Tanh", next(iter(values.values())), at="other")] if case.shared else []
+    result = WRITERS[case.op](file, case, values)
+    if case.activation:
+        result = _reader(file, case.activation, result, "", "then")
+    if case.out is not None:
+        result = file.quantize(result, case.out, "out")
+    elif _meets_quantize(case.readers) and case.row.placement == "int8" and _product(file, result):
+        result = file.add("Sum", result, at="part")  # docs/decisions/product-then-quantize.md
+    for reader in case.readers:
+        if reader == "quantize":
+            assert case.read_grid is not None
+            result = file.quantize(result, case.read_grid, "read")
+        elif reader in ("kernel", "dequantize"):
+            assert case.out is not None
+            result = file.dequantize(result, case.out, "read")
+            result = _kernel(file, result, case.out, "read") if reader == "kernel" else result
+        else:
+            result = _reader(file, reader, result, relu, "read")
+    integers = case.readers[-1] in ("kernel", "quantize") if case.readers else case.out is not None
+    grid = case.read_grid or case.out
+    kind = TensorProto.FLOAT if not integers else TensorProto.UINT8 if _unsigned(grid) else TensorProto.INT8
+    outputs = [(result, kind), *((name, TensorProto.FLOAT) for name in others)]
+    return file.bytes(outputs, opset, typed=case.typed), file.feed
+
+
+def _unsigned(grid: Grid | None) -> bool:
+    return grid is not None and grid.dtype is DType.U8
+
+
+def _meets_quantize(readers: tuple[str, ...]) -> bool:
+    """Whether a quantize stands behind the result, also behind what only moves it."""
+    return next((r for r in readers if r != "transpose"), "") == "quantize"
+
+
+def _product(file: File, value: str) -> bool:
+    return next(n for n in file.nodes if value in n.output).op_type in ("MatMul", "Gemm")
+
+
+def _operand(file: File, role: str, operand: Operand, case: Case) -> str:
+    """The float value that the operation reads: a graph input, with Q/DQ behind it, or integers with DQ behind."""
+    dynamic = case.dynamic if role == next(iter(case.inputs)) else ()
+    if not case.quantized:
+        return file.input(role, operand.real, dynamic)
+    if case.border == "integers":
+        return file.dequantize(file.input(role, operand.q, dynamic), operand.grid, role)
+    value = file.dequantize(
+        file.quantize(file.input(role, operand.real, dynamic), operand.grid, role), operand.grid, role
+    )
+    return (
+        value
+        if case.border == "floats"
+        else file.dequantize(_kernel(file, value, operand.grid, role), operand.grid, role)
+    )
+
+
+def _kernel(file: File, value: str, grid: Grid, at: str) -> str:
+    """Integers by a kernel, from the number that it reads: a table that gives each its own."""
+    return file.quantize(file.add("LeakyRelu", value, at=f"{at}-kernel", alpha=1.0), grid, f"{at}-kernel")
+
+
+def _reader(file: File, kind: str, value: str, relu: str, at: str) -> str:
+    if kind == "relu":
+        return write_relu(file, value, relu, at)
+    if kind == "clamp":
+        return file.add("Clip", value, file.constant(f"{at}/low", np.float32(0)),
+                        file.constant(f"{at}/high", np.float32(6)), at=at)  # fmt: skip
+    if kind == "transpose":
+        return file.add("Transpose", value, at=at)
+    return file.add(kind.capitalize(), value, at=at)
