@@ -15,6 +15,7 @@ from qatgraph.errors import VerifyError
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.ir.meta import record
 from qatgraph.kernels import compare_kernels, owner
+from qatgraph.ops import keeps_grid
 from qatgraph.parity import RegionTap, compare_regions, has_region, without_reference
 from qatgraph.planning.plan import Plan
 from qatgraph.quantizers.findings import findings
@@ -93,7 +94,8 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     realized = backend.audit(model)
     mismatches = compare_kernels(plan, realized)
     tables = {f.name for f in plan.nodes if f.kind == "embedding"}
-    compute = {p.node for p in plan.predictions if p.int8 and p.kernel} - tables
+    shapes = {f.name for f in plan.nodes if keeps_grid(f.kind)}
+    compute = {p.node for p in plan.predictions if p.int8 and p.kernel} - tables - shapes
     ran = {owner(n.name) for n in realized if n.int8}
     broken = {m.node for m in mismatches}
     pinned: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qatgraph.backends import ort_cpu
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Batch
+from qatgraph.kernels import KernelNode, compare_kernels, owner
 from tests.lowered import lower, lowered, read, write
 from tests.models import BATCH, LENGTH, Case, floats, padded, tokens
 from tests.test_lowering import STEP, foreign_border, foreign_kernels, invalid, packed, shared_constants
@@ -195,3 +197,27 @@ def test_a_broken_file_is_refused_with_place_reason_and_remedy() -> None:
     with pytest.raises(LowerError) as caught:
         ort_cpu.session(b"no model")
     assert re.match(r"QG505: .*\n  where: default options\n  why: .*\n  do: ", caught.value.text())
+
+
+# ---------------------------------------------------------------- what the engine may leave out
+
+
+def test_a_shape_operation_on_integers_may_go_and_a_pool_may_not() -> None:
+    plan, nodes = lowered("images").plan, ort_cpu.audit(lowered("images").file)
+
+    def without(name: str) -> list[str]:
+        return [m.node for m in compare_kernels(plan, [n for n in nodes if owner(n.name) != name])]
+
+    assert compare_kernels(plan, nodes) == []
+    assert without("Images:flatten") == []
+    assert without("Images:max_pool2d") == ["Images:max_pool2d"]
+    floats = [replace(n, int8=False) if owner(n.name) == "Images:flatten" else n for n in nodes]
+    assert [m.node for m in compare_kernels(plan, floats)] == ["Images:flatten"]
+
+
+def test_what_a_kernel_takes_in_has_none_of_its_own() -> None:
+    plan, nodes = lowered("images").plan, ort_cpu.audit(lowered("images").file)
+    for name in ("Images:relu", "Images:clamp", "Images:pad"):
+        stray = KernelNode(f"{name}/Relu", "Relu", int8=False)
+        (mismatch,) = compare_kernels(plan, [*nodes, stray])
+        assert str(mismatch).endswith("predicts no kernel of its own, the engine runs float Relu")
