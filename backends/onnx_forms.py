@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from qatgraph.backends.onnx_file import MOVES
+
 # what ORT takes for an int8 operation where Q and DQ stand around it
 PARTED = (
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool",
     "GlobalAveragePool", "Concat", "Where",
 )  # fmt: skip
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
+PASSES = frozenset({*MOVES, "Identity"})  # what a quantize moves past, and what is removed before
 
 
 def _as_matmul(model: Any, nodes: list[Any], bias: str) -> None:
@@ -55,7 +57,7 @@ def _as_gather(model: Any, nodes: list[Any], bias: str) -> None:
     """
     gather = _the(nodes, "Gather")
     dequantize = gather.outputs[0].uses()[0].node
-    if any(use.node.op_type in MOVES for use in dequantize.outputs[0].uses()):
+    if any(use.node.op_type in PASSES for use in dequantize.outputs[0].uses()):
         _copy_behind(model, dequantize, gather)
 
 
@@ -202,7 +204,7 @@ def _copy_behind(model: Any, node: Any, owner: Any) -> None:
 def _meets_quantize(value: Any) -> bool:
     """Whether ORT finds a quantize behind the value; it moves one up past operations that only move elements."""
     readers = [use.node for use in value.uses()]
-    through = (*MOVES, "Relu", "Clip")
+    through = {*PASSES, "Relu", "Clip"}
     return any(
         r.op_type == "QuantizeLinear" or (r.op_type in through and _meets_quantize(r.outputs[0])) for r in readers
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatgraph.ir.meta import record
 from qatgraph.ir.stages import Stage
-from qatgraph.rewriting.edit import Edit
-from qatgraph.rewriting.passes import RewritePass, same
-from qatgraph.rewriting.pattern import Any, Match, Op, Refusal
+from qatgraph.rewriting.fusing import FuseActivation
+from qatgraph.rewriting.passes import same
+from qatgraph.rewriting.pattern import Any, Op
 
 
 @dataclass(frozen=True)
-class FuseAddActivation(RewritePass):
+class FuseAddActivation(FuseActivation):
     """Group a residual addition with the ReLU or limit that alone reads it.
 
     What: both nodes get one region.
@@ -26,13 +25,5 @@ class FuseAddActivation(RewritePass):
     stage = Stage.CAPTURED
     requires = ("functional",)
     numerics = same
-    pattern = Op("relu|clamp", Op("residual_add", Any(), Any(), name="add"), name="act")
-
-    def check(self, match: Match) -> Refusal | None:
-        users = len(match["add"].users)
-        if users > 1:
-            return match.refuse(f"'{record(match['add']).name}' has {users} users")
-        return match.refuse("the sum has a region") if record(match["add"]).region else None
-
-    def rewrite(self, match: Match, edit: Edit) -> None:
-        edit.group(record(match["act"]).kind, match["add"], match["act"])
+    noun = "sum"
+    pattern = Op("relu|clamp", Op("residual_add", Any(), Any(), name="head"), name="act")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qatgraph.ir.meta import record
 from qatgraph.ir.stages import Stage
-from qatgraph.rewriting.edit import Edit
-from qatgraph.rewriting.passes import RewritePass, same
-from qatgraph.rewriting.pattern import Any, Match, Op, Refusal
+from qatgraph.rewriting.fusing import FuseActivation
+from qatgraph.rewriting.passes import same
+from qatgraph.rewriting.pattern import Any, Op
 
 _CONVOLUTIONS = "conv1d|conv2d|conv3d|conv_transpose1d|conv_transpose2d"
 
 
 @dataclass(frozen=True)
-class FuseConvActivation(RewritePass):
+class FuseConvActivation(FuseActivation):
     """Group a convolution with the activation that alone reads it.
 
     What: both nodes get one region.
@@ -28,15 +27,7 @@ class FuseConvActivation(RewritePass):
     stage = Stage.CAPTURED
     requires = ("functional",)
     numerics = same
+    noun = "convolution"
     pattern = Op(
-        "relu|clamp|leaky_relu|sigmoid|tanh|silu|gelu|hardswish", Op(_CONVOLUTIONS, Any(), name="conv"), name="act"
+        "relu|clamp|leaky_relu|sigmoid|tanh|silu|gelu|hardswish", Op(_CONVOLUTIONS, Any(), name="head"), name="act"
     )
-
-    def check(self, match: Match) -> Refusal | None:
-        users = len(match["conv"].users)
-        if users > 1:
-            return match.refuse(f"'{record(match['conv']).name}' has {users} users")
-        return match.refuse("the convolution has a region") if record(match["conv"]).region else None
-
-    def rewrite(self, match: Match, edit: Edit) -> None:
-        edit.group(record(match["act"]).kind, match["conv"], match["act"])
