@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -19,15 +20,19 @@ from qatgraph.reference import Array
 
 EMULATOR = "qemu-x86_64"
 CPUS = {"avx2": "Haswell", "sse": "Nehalem"}  # instruction set without VNNI -> a CPU that has it and no more
-# Runs inside the emulator, where only numpy and onnxruntime are needed. A message is frames of 8 bytes of length and
-# the content: file, feed (npz) and "y" for the optimized graph; back come an error, the graph and the outputs (npz).
-WORKER = """
-import io, os, sys, tempfile
+# Runs inside the emulator, where only numpy and the engine are needed. A message is frames of 8 bytes of length and the
+# content: file, feed (npz) and "y" for the optimized graph; back come an error, the graph and the outputs (npz). The
+# engine's own part has a function ``answer`` that gives these three.
+HEAD = """
+import io, json, os, sys, tempfile
 answers = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what a library prints is no answer
-import numpy as np, onnxruntime as ort
+import numpy as np
 def frame():
     return sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
+"""
+ORT = """
+import onnxruntime as ort
 def answer(model, feed, graph):
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -39,6 +44,8 @@ def answer(model, feed, graph):
     outputs = io.BytesIO()
     np.savez(outputs, *session.run(None, dict(np.load(io.BytesIO(feed)))))
     return b"", open(folder + "/optimized.onnx", "rb").read() if graph else b"", outputs.getvalue()
+"""
+LOOP = """
 with tempfile.TemporaryDirectory() as folder:
     while model := frame():
         try:
@@ -62,13 +69,22 @@ def run_on(cpu: str, model: bytes, feed: dict[str, Array], **config: str) -> lis
     Raises:
         VerifyError: QG605 the emulated run failed.
     """
-    with Worker(cpu, **config) as worker:
+    return run_once(Worker(cpu, **config), model, feed)
+
+
+def run_once(worker: Worker, model: bytes, feed: dict[str, Array]) -> list[Array]:
+    """The outputs of a file, by a worker that then ends.
+
+    Raises:
+        VerifyError: QG605 the emulated run failed.
+    """
+    with worker:
         try:
             return worker.run(model, feed, graph=False)[1]
         except LowerError as error:
             raise VerifyError(
                 "QG605",
-                f"the file does not run on an emulated {cpu}",
+                f"the file does not run on an emulated {worker.cpu}",
                 where=EMULATOR,
                 why=error.why,
                 todo="run it on such a machine, or look at the message",
@@ -78,28 +94,27 @@ def run_on(cpu: str, model: bytes, feed: dict[str, Array], **config: str) -> lis
 class Worker:
     """A process under emulation that runs one file after another: it starts in seconds, then takes some 40 ms a file.
 
-    ``config`` are session config entries with ``__`` for ``.``.
+    ``engine`` is the package that runs it, and ``program`` its part of the program; ``config`` are session config
+    entries with ``__`` for ``.``.
 
     Raises:
         VerifyError: QG608 the emulator is not installed.
     """
 
-    def __init__(self, cpu: str, **config: str) -> None:
-        import onnxruntime
-
+    def __init__(self, cpu: str, *, engine: str = "onnxruntime", program: str = ORT, **config: str) -> None:
         if not available():
             raise VerifyError(
                 "QG608", f"an emulated {cpu} cannot be had: there is no '{EMULATOR}'", where="PATH",
                 why="it runs the code of another CPU on this one",
                 todo="install the Debian package qemu-user, or use the machine's own instruction set",
             )  # fmt: skip
-        packages = [str(Path(str(m.__file__)).parent.parent) for m in (np, onnxruntime)]
+        packages = [str(Path(str(import_module(m).__file__)).parent.parent) for m in ("numpy", engine)]
         # numpy's BLAS asks the real CPU what it can do, and dies of an instruction that the emulated one does not have
         blas = {"OPENBLAS_CORETYPE": "Nehalem"} if cpu == "Nehalem" else {}
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "OMP_NUM_THREADS": "1", **blas}
-        command = [EMULATOR, "-cpu", cpu, os.path.realpath(sys.executable), "-c", WORKER]
+        command = [EMULATOR, "-cpu", cpu, os.path.realpath(sys.executable), "-c", HEAD + program + LOOP]
         command += [f"{key.replace('__', '.')}={value}" for key, value in config.items()]
-        self.cpu = cpu
+        self.cpu, self.engine = cpu, engine
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in ``close``
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
@@ -128,7 +143,9 @@ class Worker:
         error, optimized, outputs = self._ask(model, packed.getvalue(), b"y" if graph else b"")
         if error:
             why = error.decode(errors="replace").splitlines()[0]
-            raise LowerError("QG508", "ONNX Runtime fails when it runs the file", where=f"emulated {self.cpu}", why=why)
+            raise LowerError(
+                "QG508", f"{self.engine} fails when it runs the file", where=f"emulated {self.cpu}", why=why
+            )
         with np.load(io.BytesIO(outputs)) as found:
             return optimized, [found[name] for name in found.files]
 
@@ -157,5 +174,5 @@ class Worker:
         return VerifyError(
             "QG609", f"the process on the emulated {self.cpu} died", where=f"{EMULATOR}, exit status {code}",
             why=said[-1] if said else "it said nothing",
-            todo=f"look whether the engine runs there: {EMULATOR} -cpu {self.cpu} python -c 'import onnxruntime'",
+            todo=f"look whether the engine runs there: {EMULATOR} -cpu {self.cpu} python -c 'import {self.engine}'",
         )  # fmt: skip

@@ -47,6 +47,18 @@ class File:
         self.feed[name] = value
         return name
 
+    def shape(self, value: str) -> tuple[int, ...]:
+        """The shape of a float value on the feed."""
+        import onnx
+        from onnx import TensorProto, helper
+
+        kinds = ((n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in self.feed.items())
+        inputs = [helper.make_tensor_value_info(*k) for k in kinds]
+        out = helper.make_tensor_value_info(value, TensorProto.FLOAT, None)
+        graph = helper.make_graph(self.nodes, "part", inputs, [out], self.constants)
+        model = onnx.shape_inference.infer_shapes(helper.make_model(graph), data_prop=True)
+        return tuple(int(d.dim_value) for d in model.graph.output[0].type.tensor_type.shape.dim)
+
     def quantize(self, value: str, grid: Grid, at: str) -> str:
         return self.add("QuantizeLinear", value, *self._grid(grid, f"{at}/quantize"), at=at)
 

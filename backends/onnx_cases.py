@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
 from qatgraph.backends.onnx_builder import File
-from qatgraph.backends.onnx_operations import WRITERS, write_relu
+from qatgraph.backends.onnx_operations import WRITERS, write_clamp, write_relu
+from qatgraph.planning.target import Target
 from qatgraph.probing.cases import Case, Grid, Operand
 from qatgraph.reference import Array
 from qatgraph.specs import DType
 
 
-def write_case(case: Case, opset: int, relu: str) -> tuple[bytes, dict[str, Array]]:
-    """The file and its feed; the first output is the result. ``relu`` is the form in which the target writes ReLU."""
+@dataclass(frozen=True)
+class Style:
+    """How a target's files are written: the forms of ReLU and clamp in float, and what stands for a kernel that reads
+    and writes integers: a ``table`` with an entry for each, or a ``product`` with a diagonal matrix."""
+
+    opset: int
+    relu: str
+    clamp: str
+    kernel: Literal["table", "product"]
+
+    @classmethod
+    def of(cls, target: Target, kernel: Literal["table", "product"]) -> Style:
+        relu, clamp = (
+            next((r.form for r in target.rows(kind) if r.placement != "int8"), "") for kind in ("relu", "clamp")
+        )
+        return cls(target.opset, relu, clamp, kernel)
+
+
+def write_case(case: Case, style: Style) -> tuple[bytes, dict[str, Array]]:
+    """The file and its feed; the first output is the result."""
     from onnx import TensorProto
 
     file = File()
-    values = {role: _operand(file, role, operand, case) for role, operand in case.inputs.items()}
+    values = {role: _operand(file, role, operand, case, style) for role, operand in case.inputs.items()}
     others = [file.add("Tanh", next(iter(values.values())), at="other")] if case.shared else []
     result = WRITERS[case.op](file, case, values)
     if case.activation:
-        result = _reader(file, case.activation, result, "", "then")
+        result = _reader(file, case.activation, result, Style(style.opset, "", "", style.kernel), "then")
     if case.out is not None:
         result = file.quantize(result, case.out, "out")
     elif _meets_quantize(case.readers) and case.row.placement == "int8" and _product(file, result):
-        result = file.add("Sum", result, at="part")  # docs/decisions/product-then-quantize.md
+        result = file.add("Sum", result)  # docs/decisions/product-then-quantize.md
     for reader in case.readers:
         if reader == "quantize":
             assert case.read_grid is not None
@@ -32,14 +54,14 @@ def write_case(case: Case, opset: int, relu: str) -> tuple[bytes, dict[str, Arra
         elif reader in ("kernel", "dequantize"):
             assert case.out is not None
             result = file.dequantize(result, case.out, "read")
-            result = _kernel(file, result, case.out, "read") if reader == "kernel" else result
+            result = _kernel(file, result, case.out, "read", style) if reader == "kernel" else result
         else:
-            result = _reader(file, reader, result, relu, "read")
+            result = _reader(file, reader, result, style, "read")
     integers = case.readers[-1] in ("kernel", "quantize") if case.readers else case.out is not None
     grid = case.read_grid or case.out
     kind = TensorProto.FLOAT if not integers else TensorProto.UINT8 if _unsigned(grid) else TensorProto.INT8
     outputs = [(result, kind), *((name, TensorProto.FLOAT) for name in others)]
-    return file.bytes(outputs, opset, typed=case.typed), file.feed
+    return file.bytes(outputs, style.opset, typed=case.typed), file.feed
 
 
 def _unsigned(grid: Grid | None) -> bool:
@@ -55,7 +77,7 @@ def _product(file: File, value: str) -> bool:
     return next(n for n in file.nodes if value in n.output).op_type in ("MatMul", "Gemm")
 
 
-def _operand(file: File, role: str, operand: Operand, case: Case) -> str:
+def _operand(file: File, role: str, operand: Operand, case: Case, style: Style) -> str:
     """The float value that the operation reads: a graph input, with Q/DQ behind it, or integers with DQ behind."""
     dynamic = case.dynamic if role == next(iter(case.inputs)) else ()
     if not case.quantized:
@@ -68,21 +90,29 @@ def _operand(file: File, role: str, operand: Operand, case: Case) -> str:
     return (
         value
         if case.border == "floats"
-        else file.dequantize(_kernel(file, value, operand.grid, role), operand.grid, role)
+        else file.dequantize(_kernel(file, value, operand.grid, role, style), operand.grid, role)
     )
 
 
-def _kernel(file: File, value: str, grid: Grid, at: str) -> str:
-    """Integers by a kernel, from the number that it reads: a table that gives each its own."""
-    return file.quantize(file.add("LeakyRelu", value, at=f"{at}-kernel", alpha=1.0), grid, f"{at}-kernel")
+def _kernel(file: File, value: str, grid: Grid, at: str, style: Style) -> str:
+    """Integers by a kernel, from the number that it reads, which gives each its own."""
+    at = f"{at}-kernel"
+    if style.kernel == "table":
+        return file.quantize(file.add("LeakyRelu", value, at=at, alpha=1.0), grid, at)
+    shape = file.shape(value)
+    diagonal = 2 * np.eye(shape[1] if len(shape) > 3 else shape[-1], dtype=np.int8)
+    op, diagonal = (
+        ("Conv", diagonal.reshape(*diagonal.shape, *[1] * len(shape[2:]))) if len(shape) > 3 else ("MatMul", diagonal)
+    )
+    weight = file.dequantize(file.constant(f"{at}/weight", diagonal), Grid(DType.S8, np.asarray(0.5, np.float32)), at)
+    return file.quantize(file.add(op, value, weight, at=at), grid, f"{at}-result")
 
 
-def _reader(file: File, kind: str, value: str, relu: str, at: str) -> str:
+def _reader(file: File, kind: str, value: str, style: Style, at: str) -> str:
     if kind == "relu":
-        return write_relu(file, value, relu, at)
+        return write_relu(file, value, style.relu, at)
     if kind == "clamp":
-        return file.add("Clip", value, file.constant(f"{at}/low", np.float32(0)),
-                        file.constant(f"{at}/high", np.float32(6)), at=at)  # fmt: skip
+        return write_clamp(file, value, style.clamp, at)
     if kind == "transpose":
         return file.add("Transpose", value, at=at)
     return file.add(kind.capitalize(), value, at=at)

@@ -79,6 +79,21 @@ def _as_max(model: Any, nodes: list[Any], bias: str) -> None:
     ir.convenience.replace_nodes_and_values(model.graph, relu, [relu], [new], relu.outputs, new.outputs)
 
 
+def _as_min_max(model: Any, nodes: list[Any], bias: str) -> None:
+    """Clip(x, low, high) -> Min(Max(x, low), high)."""
+    import onnx_ir as ir
+
+    clip = _the(nodes, "Clip")
+    stem, (value, *bounds) = clip.name.removesuffix("/Clip"), clip.inputs
+    new = []
+    for op, bound in zip(("Max", "Min"), bounds, strict=False):
+        if bound is not None:
+            new.append(ir.Node("", op, [value, bound], num_outputs=1, name=f"{stem}/{op}"))
+            value = new[-1].outputs[0]
+            value.dtype, value.shape = clip.outputs[0].dtype, clip.outputs[0].shape
+    ir.convenience.replace_nodes_and_values(model.graph, clip, [clip], new, clip.outputs, [value])
+
+
 def _as_global_pool(model: Any, nodes: list[Any], bias: str) -> None:
     """The mean over the image -> GlobalAveragePool."""
     mean = _the(nodes, "ReduceMean")
@@ -216,6 +231,7 @@ FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
     "matmul": _as_matmul,
     "sum": _as_sum,
     "max": _as_max,
+    "min-max": _as_min_max,
     "packed-heads": _as_attention,
     "global-pool": _as_global_pool,
     "conv-pads": _as_conv_pads,

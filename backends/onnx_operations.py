@@ -97,6 +97,14 @@ def write_relu(file: File, value: str, form: str, at: str) -> str:
     return file.add("Max", value, file.constant(f"{at}/zero", np.float32(0)), at=at)
 
 
+def write_clamp(file: File, value: str, form: str, at: str) -> str:
+    """Between 0 and 6."""
+    low, high = (file.constant(f"{at}/{name}", np.float32(v)) for name, v in (("low", 0), ("high", 6)))
+    if form != "min-max":
+        return file.add("Clip", value, low, high, at=at)
+    return file.add("Min", file.add("Max", value, low, at=at), high, at=at)
+
+
 def _ends(case: Case) -> list[int]:
     """The zeros at the beginnings of the spatial axes, then at their ends."""
     return [end for side in zip(*pads(case), strict=True) for end in side]
@@ -170,6 +178,7 @@ WRITERS: dict[str, Writer] = {
     "sigmoid": _node("Sigmoid"),
     "leaky_relu": _node("LeakyRelu"),
     "relu": lambda file, case, values: write_relu(file, values["x"], case.form, CORE),
+    "clamp": lambda file, case, values: write_clamp(file, values["x"], case.form, CORE),
     "add": _node("Add"),
     "residual_add": lambda file, case, values: file.add("Sum" if case.form == "sum" else "Add", *values.values()),
     "mul": _node("Mul"),

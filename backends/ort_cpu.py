@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qatgraph.backends import emulation, ort_taps
+from qatgraph import reference
+from qatgraph.backends import artifact, emulation, onnx_taps, timing
+from qatgraph.backends.artifact import REQUIRES, metadata, parse
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
@@ -24,10 +22,21 @@ from qatgraph.probing.cases import Engine
 from qatgraph.reference import Array
 from qatgraph.report.machine import check_cpu
 
-REQUIRES = "qatgraph.requires"  # in the metadata of a file
+# beside what is defined here, a backend has these
 write = write_atomically
+stamps = artifact.stamps
+interface = artifact.interface
+product_constants = artifact.product_constants
+bias_misfits = artifact.bias_misfits
+median_latencies = timing.median_latencies
 run_on = emulation.run_on
 can_emulate = emulation.available
+quantize = reference.quantize
+NAME = "ONNX Runtime"
+SAME_EVERYWHERE = True  # bit for bit on AVX2 and later
+AUDITED = "the optimized graph that ORT writes at default options"
+SESSION = "ONNX Runtime defaults"
+PRECISE = {"session__x64quantprecision": "1"}  # session options under which no sum passes through 16 bits
 # Nodes that only move or convert data: nobody expects an int8 kernel for them.
 PLUMBING = frozenset({"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Shape", "Cast", "Identity"})
 # Nodes that move or pick elements of any type: on integers if what they read is.
@@ -45,10 +54,7 @@ INT8_KERNELS = frozenset(
 
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file."""
-    metadata = {"qatgraph.plan": plan.hash(), "qatgraph.target": plan.target}
-    if plan.requires:
-        metadata[REQUIRES] = plan.requires
-    return to_onnx(graph, plan, plan.opset, metadata)
+    return to_onnx(graph, plan, plan.opset, metadata(plan))
 
 
 def session(model: bytes | str, *, threads: int = 0, optimize: bool = True, **config: str) -> Any:
@@ -109,13 +115,7 @@ def run(runner: Any, feed: dict[str, Array]) -> list[Array]:
 def audit(model: bytes | str) -> list[KernelNode]:
     """The nodes that ORT runs at its default options, by kernel."""
     graph = optimized_graph(model)
-    return kernel_nodes(_parse(model).graph, graph)
-
-
-def _parse(model: bytes | str) -> Any:
-    import onnx
-
-    return onnx.load(model) if isinstance(model, str) else onnx.load_from_string(model)
+    return kernel_nodes(parse(model).graph, graph)
 
 
 def optimized_graph(model: bytes | str) -> Any:
@@ -182,60 +182,21 @@ def _head(last: Any, kernel: str, producers: dict[str, Any]) -> Any:
     return last if node is None else node
 
 
-def product_constants(model: bytes) -> dict[str, dict[str, tuple[Array, ...]]]:
-    """Of every product in the file with a constant int8 weight, by the name of its node and by role: (scale, zero
-    point) of x, (integers, scale) of weight and bias.
-
-    A weight is ``[N, K]``, or ``[O, C / groups, *kernel]`` of a convolution.
-    """
-    from onnx import numpy_helper
-
-    graph = _parse(model).graph
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    producers = {o: n for n in graph.node for o in n.output}
-    found: dict[str, dict[str, tuple[Array, ...]]] = {}
-    for node in (n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv")):
-        operands: dict[str, tuple[Array, ...]] = {}
-        for role, value in zip(("x", "weight", "bias"), node.input, strict=False):
-            source = producers.get(value)
-            if source is None or source.op_type != "DequantizeLinear":
-                continue
-            parts = [constants.get(name, np.empty(0)) for name in source.input]
-            if role == "x":
-                operands[role] = tuple(parts[1:])
-            elif source.input[0] in constants:
-                operands[role] = tuple(parts[:2])
-        if "weight" in operands:
-            as_is = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
-            weight, scale = operands["weight"]
-            found[node.name] = {**operands, "weight": (weight if as_is else weight.T, scale)}
-    return found
-
-
-def bias_misfits(model: bytes) -> list[str]:
-    """The products whose int32 bias does not count in ``s_x * s_w``: the engine adds it to the accumulator unseen."""
-    return [
-        name
-        for name, roles in product_constants(model).items()
-        if "bias" in roles and not np.array_equal(roles["bias"][1], roles["x"][0] * roles["weight"][1])
-    ]
-
-
-def tap(model: bytes, plan: Plan) -> tuple[bytes, dict[str, ort_taps.TapNames]]:
-    """The file with the borders of every int8 region as outputs, and their names by node; see ``ort_taps``."""
-    proto = _parse(model)
-    names = ort_taps.tap(proto, plan)
+def tap(model: bytes, plan: Plan) -> tuple[bytes, dict[str, onnx_taps.TapNames]]:
+    """The file with the borders of every int8 region as outputs, and their names by node; see ``onnx_taps``."""
+    proto = parse(model)
+    names = onnx_taps.tap(proto, plan)
     return proto.SerializeToString(), names
 
 
 def run_taps(
-    tapped: bytes, names: dict[str, ort_taps.TapNames], feeds: Iterable[dict[str, Array]]
+    tapped: bytes, names: dict[str, onnx_taps.TapNames], feeds: Iterable[dict[str, Array]]
 ) -> Iterator[tuple[list[RegionTap], dict[str, Array]]]:
     """Batch by batch, what the engine read and wrote at each region, and all of its outputs by name."""
     runner = session(tapped)
     outputs = [o.name for o in runner.get_outputs()]
     runs = ({**feed, **dict(zip(outputs, run(runner, feed), strict=True))} for feed in feeds)
-    yield from ort_taps.read_taps(runs, names)
+    yield from onnx_taps.read_taps(runs, names)
 
 
 def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
@@ -243,34 +204,3 @@ def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
     from qatgraph.backends import ort_probe
 
     return ort_probe.engine(target, isa)
-
-
-def median_latencies(
-    sessions: dict[str, Any], feed: dict[str, Array], *, rounds: int = 15, warmup: int = 2
-) -> dict[str, float]:
-    """Median milliseconds of each session, run in turn (A B C A B C …) so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for i in range(warmup + rounds):
-        for name, one in sessions.items():
-            start = time.perf_counter()
-            one.run(None, feed)
-            if i >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def stamps(model: bytes) -> tuple[str, str]:
-    """The hash of the plan that the file was lowered from, and what it says that it requires of the CPU; empty if it
-    bears none, or is no ONNX file."""
-    try:
-        props = {p.key: p.value for p in _parse(model).metadata_props}
-    except Exception:  # protobuf's own error; protobuf is onnx's dependency, not ours
-        return "", ""
-    return str(props.get("qatgraph.plan", "")), str(props.get(REQUIRES, ""))
-
-
-def interface(model: bytes) -> tuple[list[str], list[str]]:
-    """The names of the file's inputs and outputs."""
-
-    graph = _parse(model).graph
-    return [v.name for v in graph.input], [v.name for v in graph.output]

@@ -6,54 +6,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from qatgraph.backends import emulation, ort_cpu
-from qatgraph.backends.onnx_builder import CORE
-from qatgraph.backends.onnx_cases import write_case
-from qatgraph.errors import TargetError
-from qatgraph.kernels import KernelNode, owner
+from qatgraph.backends.artifact import parse
+from qatgraph.backends.onnx_cases import Style
+from qatgraph.backends.onnx_probe import engine_of, on_isa
+from qatgraph.kernels import KernelNode
 from qatgraph.planning.target import Target
-from qatgraph.probing.cases import Case, Engine, Realized
+from qatgraph.probing.cases import Engine
 from qatgraph.reference import Array
-from qatgraph.report.machine import isa as native_isa
-
-NATIVE = "native"
-
-
-class Machine(Protocol):
-    """Runs a file at default options: the graph that the engine makes of it, and its outputs."""
-
-    def run(self, model: bytes, feed: dict[str, Array]) -> tuple[bytes, list[Array]]: ...
 
 
 @contextmanager
 def engine(target: Target, isa: str) -> Iterator[Engine]:
-    """ONNX Runtime on an instruction set: ``native``, or one of ``emulation.CPUS``.
-
-    Raises:
-        TargetError: QG409 the instruction set is unknown.
-        VerifyError: QG608 there is no emulator.
-    """
+    """ONNX Runtime on an instruction set, see ``onnx_probe.on_isa``."""
     import onnxruntime
 
-    version = f"onnxruntime {onnxruntime.__version__}"
-    if isa == NATIVE:
-        with tempfile.TemporaryDirectory() as folder:
-            yield _engine(target, Native(Path(folder)), f"{version} on {native_isa()}")
-        return
-    if isa not in emulation.CPUS:
-        known = ", ".join((NATIVE, *emulation.CPUS))
-        what, todo = f"there is no instruction set '{isa}'", "name one of them"
-        raise TargetError("QG409", what, where="isa", why=f"known are {known}", todo=todo)
-    cpu = emulation.CPUS[isa]
-    with emulation.Worker(cpu) as worker:
-        yield _engine(target, worker, f"{version} on {isa}, an emulated {cpu}")
+    with tempfile.TemporaryDirectory() as folder, on_isa(isa, Native(Path(folder)), emulation.Worker) as (one, where):
+        title = f"onnxruntime {onnxruntime.__version__} on {where}"
+        yield engine_of(one, title, read, Style.of(target, "table"), integer_inputs=True)
 
 
-def _engine(target: Target, machine: Machine, title: str) -> Engine:
-    relu = next((row.form for row in target.rows("relu") if row.placement != "int8"), "")
-    return Engine(title, lambda case: realize(case, machine, target.opset, relu), neighbours=True)
+def read(written: Any, optimized: bytes) -> list[KernelNode]:
+    return ort_cpu.kernel_nodes(written, parse(optimized).graph)
 
 
 class Native:
@@ -70,25 +46,3 @@ class Native:
         options.optimized_model_filepath = str(self.graph)
         session = ort_cpu.create(model, options)
         return self.graph.read_bytes(), ort_cpu.run(session, feed)
-
-
-def realize(case: Case, machine: Machine, opset: int, relu: str) -> Realized:
-    """Write the case, run it, and read its kernel from the engine's own graph.
-
-    Raises:
-        LowerError: QG505, QG508 the engine refuses the file, or fails when it runs it.
-    """
-    import onnx
-
-    model, feed = write_case(case, opset, relu)
-    optimized, outputs = machine.run(model, feed)
-    written, graph = (onnx.load_from_string(file).graph for file in (model, optimized))
-    kernel = _of_case([n for n in ort_cpu.kernel_nodes(written, graph) if owner(n.name) == CORE], case)
-    return Realized(kernel.kernel, kernel.int8, outputs[0])
-
-
-def _of_case(nodes: list[KernelNode], case: Case) -> KernelNode:
-    """The node that tells most: one that works on integers, else the one that the row names, else any."""
-    wanted = case.row.kernel.split("|")
-    best = sorted(nodes, key=lambda n: (not n.int8, n.kernel not in wanted))
-    return best[0] if best else KernelNode(CORE, "no node of its own", False)

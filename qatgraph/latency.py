@@ -17,15 +17,15 @@ from qatgraph.report.machine import isa
 FLOAT = Recipe(name="float", override=(Override(select="*", place="float", why="what the artifact is compared with"),))
 
 
-def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch) -> dict[str, Any]:
-    """Median milliseconds of the artifact and two float files, interleaved, one thread, default session options."""
-    plan = api.plan(graph, recipe=FLOAT)
+def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch, target: str) -> dict[str, Any]:
+    """Median milliseconds of the artifact and two float files on the target's engine, interleaved, one thread."""
+    plan = api.plan(graph, target, FLOAT)
     backend = api.load_backend(plan)
     feed = feed_of(graph, batch)
     with tempfile.TemporaryDirectory() as folder:
         stock, own = Path(folder) / "stock.onnx", Path(folder) / "own.onnx"
         export_float(model, graph, stock)
-        lower_float(graph, own)
+        lower_float(graph, own, target)
         files = {"engine_ms": artifact, "float_ms": stock, "float_same_options_ms": own}
         sessions = {name: backend.session(str(file), threads=1) for name, file in files.items()}
         times = backend.median_latencies(sessions, feed)
@@ -35,15 +35,15 @@ def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch) 
         "ratio": times["float_ms"] / times["engine_ms"],
         "ratio_same_options": times["float_same_options_ms"] / times["engine_ms"],
         "batch": {name: list(array.shape) for name, array in feed.items()},
-        "how": "medians of 15 interleaved runs in one process, one thread, ORT default options; float_ms: "
+        "how": f"medians of 15 interleaved runs in one process, one thread, {backend.SESSION}; float_ms: "
         "torch.onnx.export(dynamo=True, opset_version=20) with its defaults; float_same_options_ms: the float model "
         f"lowered as the artifact is ({plan.target})",
     }
 
 
-def lower_float(graph: Graph, path: Path) -> None:
+def lower_float(graph: Graph, path: Path, target: str = "ort-cpu") -> None:
     """The float model, lowered as an artifact is: every operation pinned in float."""
-    api.lower(api.prepare(graph, api.plan(graph, recipe=FLOAT)).eval(), path)
+    api.lower(api.prepare(graph, api.plan(graph, target, FLOAT)).eval(), path)
 
 
 def export_float(model: torch.nn.Module, graph: Graph, path: Path) -> None:

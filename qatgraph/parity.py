@@ -10,8 +10,8 @@ import numpy as np
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import record
 from qatgraph.planning.plan import Plan, Prediction
-from qatgraph.reference import Array
-from qatgraph.regions import RESULTS, Region
+from qatgraph.reference import Array, quantize
+from qatgraph.regions import RESULTS, Quantize, Region
 
 FLOAT_LIMIT = 1e-6  # of the largest value of the region; integers have to be equal
 
@@ -129,17 +129,20 @@ def without_reference(plan: Plan) -> list[str]:
     return [p.node for p in computes if not has_region(p, kinds[p.node])]
 
 
-def compare_regions(qdq: Graph, taps: Iterable[RegionTap], *, without_vnni: bool = False) -> dict[str, RegionParity]:
+def compare_regions(
+    qdq: Graph, taps: Iterable[RegionTap], *, without_vnni: bool = False, quantize: Quantize = quantize
+) -> dict[str, RegionParity]:
     """Compare every tap with the reference computed from ``qdq``'s own constants (not from the file).
 
-    ``without_vnni``: the taps are of x86 with AVX2 and no VNNI, where pair sums saturate.
+    ``without_vnni``: the taps are of x86 with AVX2 and no VNNI, where pair sums saturate. ``quantize``: how the engine
+    makes integers of floats.
     """
     nodes = {record(n).name: n for n in qdq.nodes}
     allowed = {p.node: p.deviation for p in qdq.info.plan.predictions}
     found: dict[str, RegionParity] = {}
     for tap in taps:
         parity = found.setdefault(tap.node, RegionParity(tap.node, allowed[tap.node]))
-        region = Region.of(qdq, nodes[tap.node], without_vnni=without_vnni)
+        region = Region.of(qdq, nodes[tap.node], without_vnni=without_vnni, quantize=quantize)
         for border, integers, step in zip(tap.borders, tap.integers, region.quantize_steps(), strict=True):
             if border is not None and not parity.misfit:
                 parity.compare_inputs(integers, step(border))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from qatgraph import reference
@@ -17,6 +18,7 @@ from qatgraph.reference import Array, Grid
 from qatgraph.rewriting.matcher import attribute
 
 Result = Callable[..., Array]
+Quantize = Callable[..., Array]  # of values, scale and zero point
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Region:
     """One planned node with its grids, in the graph of the stage qdq.
 
     ``inputs`` are the dequantizes in front of its activations, ``out`` the quantize that its kernel does too, if it
-    writes integers. ``without_vnni``: as x86 with AVX2 and no VNNI computes it, where pair sums saturate.
+    writes integers. ``quantize`` is how the engine makes integers of floats.
+    ``without_vnni``: as x86 with AVX2 and no VNNI computes it, where pair sums saturate.
     """
 
     qdq: Graph
@@ -32,19 +35,25 @@ class Region:
     inputs: tuple[fx.Node, ...]
     out: fx.Node | None
     without_vnni: bool = False
+    quantize: Quantize = reference.quantize
 
     @classmethod
-    def of(cls, qdq: Graph, node: fx.Node, *, without_vnni: bool = False) -> Region:
+    def of(
+        cls, qdq: Graph, node: fx.Node, *, without_vnni: bool = False, quantize: Quantize = reference.quantize
+    ) -> Region:
         found = [
             b for _, a in arguments(node) if isinstance(a, fx.Node) and (b := behind_padding(a)).target is DEQUANTIZE
         ]
         inputs = [a for a in found if not isinstance(a.args[0], fx.Node) or a.args[0].op != "get_attr"]
         prediction = qdq.info.plan.prediction(record(node).name)
         out = None if prediction.requant == "float-result" else _quantize_behind(node)
-        return cls(qdq, node, tuple(inputs), out, without_vnni and prediction.in_pairs)
+        return cls(qdq, node, tuple(inputs), out, without_vnni and prediction.in_pairs, quantize)
 
     def result(self) -> Result:
         """What the kernel makes of the integers that it reads."""
+        prediction = self.qdq.info.plan.prediction(record(self.node).name)
+        if prediction.requant == "in-float":
+            return _in_float(self)
         return RESULTS[record(self.node).kind](self)
 
     def quantize_steps(self) -> list[Result]:
@@ -53,7 +62,7 @@ class Region:
             table = self.constant(self.node.args[0])
             return [lambda indices: table[indices]]
         grids = [self.grid(n) for n in self.quantizes]
-        return [partial(reference.quantize, scale=g.scale, zero_point=g.zero_point) for g in grids]
+        return [partial(self.quantize, scale=g.scale, zero_point=g.zero_point) for g in grids]
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
@@ -176,7 +185,7 @@ def _linear(r: Region) -> Result:
     (grid,), (weight, scale), bias = r.grids, r.weight, r.bias
     add = reference.accumulate_pair16 if r.without_vnni else reference.accumulate
     if r.out is None:
-        return lambda q: reference.linear(q, grid.scale, int(grid.zero_point), weight, scale, bias, accumulator=add)
+        return _float_linear(r)
     out = r.out_grid
     return lambda q: reference.gemm(q, grid, weight, scale, bias, out, accumulator=add)
 
@@ -201,6 +210,38 @@ def _pads(r: Region, kernel: tuple[int, ...], dilation: list[int]) -> list[tuple
     ends = [*attribute(x, "pad"), *[0] * (2 * r.axes)][: 2 * r.axes]  # the last axis stands first
     more = list(zip(ends[::2], ends[1::2], strict=True))[::-1]
     return [(a + c, b + d) for (a, b), (c, d) in zip(own, more, strict=True)]
+
+
+def _in_float(r: Region) -> Result:
+    """The float operation on what the integers stand for, and the engine's quantize behind."""
+    grid, sums = r.out_grid, IN_FLOAT.get(record(r.node).kind, _as_torch)(r)
+    return lambda *integers: r.quantize(sums(*integers), grid.scale, grid.zero_point)
+
+
+def _float_linear(r: Region) -> Result:
+    (grid,), (weight, scale), bias = r.grids, r.weight, r.bias
+    add = reference.accumulate_pair16 if r.without_vnni else reference.accumulate
+    return lambda q: reference.linear(q, grid.scale, int(grid.zero_point), weight, scale, bias, accumulator=add)
+
+
+def _float_conv(r: Region) -> Result:
+    (grid,), (weight, scale), bias = r.grids, r.weight, r.bias
+    add = reference.accumulate_conv_pair16 if r.without_vnni else reference.accumulate_conv
+    return lambda q: reference.conv_float(q, grid, weight, scale, bias, **r.windows, accumulator=add)
+
+
+def _as_torch(r: Region) -> Result:
+    """What torch makes of the numbers that the integers stand for."""
+
+    def result(*integers: Array) -> Array:
+        reals = (reference.dequantize(q, g.scale, g.zero_point) for q, g in zip(integers, r.grids, strict=True))
+        values = dict(zip(r.inputs, map(torch.from_numpy, reals), strict=True))
+        given: Any = [fx.node.map_arg(a, lambda n: values[n]) for a in (r.node.args, r.node.kwargs)]
+        target: Any = r.node.target
+        found: Array = target(*given[0], **given[1]).numpy()
+        return found
+
+    return result
 
 
 def _matmul(r: Region) -> Result:
@@ -266,6 +307,7 @@ def _global_pool(r: Region) -> Result:
     return lambda q: reference.global_average_pool(q, grid, out)
 
 
+IN_FLOAT = {"linear": _float_linear, **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _float_conv)}
 RESULTS: dict[str, Callable[[Region], Result]] = {
     "linear": _linear,
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _conv),

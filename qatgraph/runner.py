@@ -176,7 +176,7 @@ def _one_seed(
     if first:
         save_state(qat, scratch / "qat.safetensors")
         (scratch / "plan.json").write_text(planned.to_json(), encoding="utf-8")
-        report.latency = measure(setup.model, setup.graph, file, data.latency)
+        report.latency = measure(setup.model, setup.graph, file, data.latency, _beside(path, job.target))
     else:
         file.unlink()
     return report, data.facts
@@ -259,7 +259,7 @@ def _manifest(
         "data": facts,
         "isa": isa(),
         "threads": torch.get_num_threads(),
-        "session_options": "ONNX Runtime defaults",
+        "session_options": api.load_backend(plan).SESSION,
         "versions": versions(),
         "hashes": {
             "onnx": sha256(onnx),

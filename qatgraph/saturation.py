@@ -38,7 +38,6 @@ CURES = {
     NOTHING: "the full range at default options",
 }
 RULES = {PAIR_SAFE: ScaleRule.PAIR_SAFE, SEVEN_BITS: ScaleRule.REDUCED_RANGE, EXACT: ScaleRule.FREE}
-PRECISE = {"session__x64quantprecision": "1"}
 HERE = ", where nothing saturates and nobody needs the exact option: what the full range gives elsewhere is computed"
 Say = Callable[[str], None]
 
@@ -171,7 +170,7 @@ def analyse(
         labels: one tensor a batch, for top-1.
 
     Raises:
-        PlanError: QG309 no kernel of the plan adds in pairs.
+        PlanError: QG309 no kernel of the plan adds in pairs, QG311 the engine has no exact option.
     """
     prepared = Graph.prepared(qat)
     paired = [p.node for p in prepared.info.plan.predictions if p.int8 and p.in_pairs]
@@ -182,6 +181,13 @@ def analyse(
             where=f"target '{prepared.info.plan.target}'",
             why="either nothing is int8, or the rows of the target have accumulators of 32 bits",
             todo="see `qatgraph plan JOB.toml`; for ONNX Runtime choose the target ort-cpu",
+        )
+    if not backend.PRECISE:
+        raise PlanError(
+            "QG311",
+            f"{backend.NAME} has no option that is exact without VNNI, which a cure could be compared with",
+            where=f"target '{prepared.info.plan.target}'",
+            todo="choose the target ort-cpu: the layers that saturate are the same",
         )
     batches, labels = batches[:BATCHES], labels[:BATCHES] if labels is not None else None
     graphs = {}
@@ -366,7 +372,7 @@ def _times(backend: Any, prepared: Graph, graphs: Mapping[str, Graph], latency: 
         files[cure] = backend.lower(graph, plan)
     say(f"time {len(CURES)} files in turn on this machine, {isa()}")
     sessions = {
-        cure: backend.session(files.get(cure, files[EXACT]), threads=1, **(PRECISE if cure == EXACT else {}))
+        cure: backend.session(files.get(cure, files[EXACT]), threads=1, **(backend.PRECISE if cure == EXACT else {}))
         for cure in CURES
     }
     found: dict[str, float] = backend.median_latencies(sessions, feed_of(prepared, latency))

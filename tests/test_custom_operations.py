@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qatgraph as qg
 from qatgraph import operators, ops
 from qatgraph.backends import ort_cpu
+from qatgraph.backends.artifact import parse
 from qatgraph.errors import LowerError, PassError, VerifyError
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import record
@@ -331,7 +332,7 @@ def test_a_registered_form_runs(
     qg.register_operation(curve, onnx=form)
     graph = captured(lambda x: curve(x, *alpha))
     path = lowered(graph, tmp_path / "model.onnx")
-    model = ort_cpu._parse(str(path))
+    model = parse(str(path))
     assert {n.op_type: n.domain for n in model.graph.node if n.name.startswith("Net:testlib.curve/")} == domains
     assert {o.domain for o in model.opset_import} == {"", *domains.values()}
     (have,) = ort_cpu.run(ort_cpu.session(str(path)), {"x": floats(2, 3, 8).numpy()})

@@ -29,7 +29,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(["", "api", "cli", "runner", "latency", "sources", "engines"], 5),
 }
 OPEN_FLOORS = {3, 5}  # their rooms may use one another
-ENGINES = {"onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt"}
+ENGINES = {"onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "tensorrt"}
 THIRD_PARTY: dict[int, set[str]] = {0: set(), 1: {"torch", "networkx"}, 2: {"torch", "networkx", "pydantic"}}
 
 
@@ -108,6 +108,7 @@ def test_a_module_imports_only_from_lower_floors(module: str) -> None:
         ("passes.fold_gelu", "from qatgraph.backends import ort_cpu"),
         ("backends.ort_cpu", "from qatgraph.passes.fold_addmm import FoldAddmm"),
         ("backends.ort_cpu", "import onnxruntime"),
+        ("backends.openvino_cpu", "import openvino"),
         ("runner", "import onnx"),
     ],
 )

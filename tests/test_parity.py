@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qatgraph import reference
-from qatgraph.backends import ort_cpu, ort_taps
+from qatgraph.backends import onnx_taps, ort_cpu
 from qatgraph.conversion import convert
 from qatgraph.ir.graph import Graph
 from qatgraph.kernels import owner
@@ -82,7 +82,7 @@ def operands(proto: Any, region: str) -> dict[str, str]:
     """The constants of a region in the file, by role."""
     behind = {o: n for n in proto.graph.node for o in n.output}
     names = {n.name for n in proto.graph.node}
-    core = node(proto, next(f"{region}/{op}" for op in ort_taps.CORES if f"{region}/{op}" in names))
+    core = node(proto, next(f"{region}/{op}" for op in onnx_taps.CORES if f"{region}/{op}" in names))
     if core.op_type == "Gather":
         rows = next(n for n in proto.graph.node if core.output[0] in n.input)
         return {"weight": core.input[0], "weight scale": rows.input[1]}

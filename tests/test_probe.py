@@ -98,7 +98,7 @@ def test_the_counterexample_is_the_smallest_and_readable(native: Engine) -> None
     false = one.model_copy(update={"not_read_by": ()})
     text = probe_row(with_row(ORT, false), false, native, 100).text()
     assert "'linear.matmul-no-bias' is false: " in text
-    assert "x         u8[1, 1] scale 1, zero point 0: " in text
+    assert "x         u8[1, 1] scale 2, zero point 0: " in text
     assert "weight    s8[1, 1] " in text
     assert "read by   clamp, then " in text
 

@@ -88,7 +88,7 @@ def test_every_row_is_read_and_means_what_its_text_says(name: str) -> None:
 
 
 def test_the_built_in_targets_are_the_tables_beside_the_backends() -> None:
-    assert target_names() == ("ort-cpu", "ort-cpu-vnni")
+    assert target_names() == ("openvino-cpu", "ort-cpu", "ort-cpu-vnni")
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)

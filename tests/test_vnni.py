@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from qatgraph import reference
-from qatgraph.backends import emulation, ort_cpu, ort_taps
+from qatgraph.backends import emulation, onnx_taps, ort_cpu
 from qatgraph.conversion import convert
 from qatgraph.errors import VerifyError
 from qatgraph.ir.graph import Graph
@@ -148,7 +148,7 @@ def there(target: str) -> tuple[Any, ...]:
     tapped, names = ort_cpu.tap(found.file, found.plan)
     feed = feed_of(Graph.of(found.qat), found.batch)
     seen = dict(zip(ort_cpu.interface(tapped)[1], emulation.run_on("Haswell", tapped, feed), strict=True))
-    return tuple(next(ort_taps.read_taps([feed | seen], names))[0])
+    return tuple(next(onnx_taps.read_taps([feed | seen], names))[0])
 
 
 def regions(target: str, *, without_vnni: bool) -> dict[str, RegionParity]:

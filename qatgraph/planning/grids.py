@@ -66,7 +66,7 @@ def _moved(choices: Choices, readers: Readers) -> Callable[[str], str]:
     groups = Groups()
     for choice in choices.values():
         if choice.int8 and choice.row is not None and choice.row.moves:
-            groups.join(choice.fact.inputs[0][1], tail(choice, choices, readers))
+            groups.join(*(v for _, v in choice.fact.inputs), tail(choice, choices, readers))
     return groups.root
 
 

@@ -30,7 +30,7 @@ BiasForm = Literal["none", "int32", "row", "vector"]
 # What a neighbour must be: see ``Row.needs``.
 Needs = Literal["", "inputs-int8", "readers-int8", "between-int8", "inside", "before"]
 # How the kernel makes its result of the int32 sums, or of the integers that it read: see ``Row.requant``.
-Requant = Literal["", "float-result", "scaled-sum", "through-float", "moved"]
+Requant = Literal["", "float-result", "scaled-sum", "through-float", "in-float", "moved"]
 Accumulator = Literal["", "int32", "pair16-without-vnni"]
 KOrder = Literal["", "rows", "channels-last"]
 Requires = Literal["", "vnni"]
@@ -54,10 +54,11 @@ class Row(UserModel):
 
     ``requant``: ``float-result``, float32 ``acc * (s_x * s_w)``, which is not rounded to a grid; ``scaled-sum``,
     ``round_half_even(acc * float32(s_x * s_w / s_y)) + z_y``; ``through-float``, the operation in float32 between a
-    dequantize and a quantize; ``moved``, the integers as they are. ``deviation``: by how many steps the engine may
-    differ from it. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added in pairs to
-    16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows ``[N, K]`` of a
-    matrix or the channels of each position of a filter.
+    dequantize and a quantize, as ONNX Runtime's kernels have it; ``in-float``, the same as torch has it, of a product
+    on exact sums, with the engine's own quantize behind; ``moved``, the integers as they are. ``deviation``: by how
+    many steps the engine may differ from it. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products
+    are first added in pairs to 16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs
+    lie, the rows ``[N, K]`` of a matrix or the channels of each position of a filter.
 
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
     """

@@ -14,6 +14,7 @@ from qatgraph.reference import Array, dequantize
 from qatgraph.specs import DType
 
 STORAGE = {DType.U8: np.uint8, DType.S8: np.int8, DType.S32: np.int32}
+GONE = "no node of its own"  # the kernel of an operation of which the engine leaves nothing
 FEW = 16  # as many numbers are shown one by one
 
 
@@ -127,11 +128,13 @@ class Realized:
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that does cases. ``neighbours``: whether it does what reads the result, too, as a file must."""
+    """Something that does cases. ``neighbours``: whether it does what reads the result, too, as a file must;
+    ``integer_inputs``: whether it may be asked for files whose inputs are integers."""
 
     title: str
     realize: Callable[[Case], Realized]
     neighbours: bool = False
+    integer_inputs: bool = True
 
 
 def numbers(values: Array) -> str:

@@ -55,7 +55,7 @@ def _draw_conv(axes: int) -> Any:
         groups, width, outputs = found.pop("groups"), found.pop("width"), found.pop("outputs")
         shape = (draws.count(draw, 1, 2), groups * width, *found.pop("sizes"))
         if "pad" in row.fuses_before:
-            found["behind"] = _few(draw, axes, 0, 2)
+            found["behind"] = [draws.count(draw, 0, 2) if k > 1 else 0 for k in found["kernel"]]
         x = draws.activation(draw, draws.one_of(draw, row.x or (draws.U8,)), shape)
         spec = draws.one_of(draw, row.weight or (draws.S8,))
         weight = draws.weight(draw, spec, (outputs, width, *found.pop("kernel")), row.k_order or "channels-last")

@@ -57,7 +57,7 @@ def draw_case(draw: Draw, target: Target, row: Row, engine: Engine) -> Case:
     quantized = row.placement == "int8" or (claims_no_kernel(target, row) and draws.flag(draw))
     case = Case(row, kind, **operation.draw(draw, row), quantized=quantized, activation=activation)
     case = replace(case, out=_out(draw, target, case, operation))
-    return _in_context(draw, case, operation) if engine.neighbours else case
+    return _in_context(draw, case, operation, engine) if engine.neighbours else case
 
 
 def hosts(target: Target, kind: str) -> list[Row]:
@@ -91,7 +91,7 @@ def _out(draw: Draw, target: Target, case: Case, operation: Operation) -> Grid |
     return replace(grid, scale=np.maximum(grid.scale, np.float32(max(finest, default=0.0))))
 
 
-def _in_context(draw: Draw, case: Case, operation: Operation) -> Case:
+def _in_context(draw: Draw, case: Case, operation: Operation, engine: Engine) -> Case:
     first = next(iter(case.inputs.values()), None)
     lead = first.q if first is not None else next(iter(case.parameters.values()))
     case = replace(
@@ -99,7 +99,7 @@ def _in_context(draw: Draw, case: Case, operation: Operation) -> Case:
         dynamic=draws.axes(draw, case.row, operation.free_axes if operation.free_axes >= 0 else lead.ndim - 1),
         typed=draws.flag(draw),
         shared=first is not None and draws.flag(draw),
-        border=_border(draw, case),
+        border=_border(draw, case, engine),
         readers=draw_readers(draw, case),
     )
     if "quantize" not in case.readers:
@@ -110,8 +110,11 @@ def _in_context(draw: Draw, case: Case, operation: Operation) -> Case:
     return replace(case, read_grid=draws.grid_over(draw, draws.U8, values))
 
 
-def _border(draw: Draw, case: Case) -> Any:
+def _border(draw: Draw, case: Case, engine: Engine) -> Any:
     """With s8 at a border of the file x86 has no int8 kernel, of which no row speaks, since no file is written so."""
     written = case.row.needs in ("inputs-int8", "between-int8")
     signed = any(o.grid.dtype is not DType.U8 for o in case.inputs.values())
-    return draws.one_of(draw, [*([] if written else ["floats"]), *([] if signed else ["integers"]), "kernel"])
+    return draws.one_of(
+        draw,
+        [*([] if written else ["floats"]), *([] if signed or not engine.integer_inputs else ["integers"]), "kernel"],
+    )

@@ -65,7 +65,7 @@ def floats(draw: Draw, shape: Sequence[int]) -> Array:
 
 
 def scale(draw: Draw, rule: ScaleRule = ScaleRule.FREE) -> Array:
-    found = one_of(draw, [1.0, 0.5, 0.015625] if rule is ScaleRule.POWER_OF_TWO else [1.0, 0.5, 0.0123, 0.1])
+    found = one_of(draw, [1.0, 0.5, 0.015625] if rule is ScaleRule.POWER_OF_TWO else [2.0, 0.5, 0.0123, 0.1])
     return np.asarray(found, np.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,14 @@ def _draw_products(draw: Draw, row: Row) -> dict[str, Any]:
 
 
 def _draw_parts(draw: Draw, row: Row) -> dict[str, Any]:
+    """Parts on one grid, if they are only moved."""
     shape = [draws.size(draw, 9) for _ in range(draws.rank_of(draw, row, RANKS))]
     axis = draws.count(draw, 0, len(shape) - 1)
-    parts = {}
+    parts: dict[str, Operand] = {}
     for i in range(draws.count(draw, 2, 3)):
         shape[axis] = draws.size(draw, 9)
-        parts[f"x{i}"] = _operand(draw, row, tuple(shape))
+        part = _operand(draw, row, tuple(shape))
+        parts[f"x{i}"] = replace(part, grid=parts["x0"].grid) if row.moves and i else part
     return {"form": row.form, "inputs": parts, "attributes": {"axis": axis}}
 
 

@@ -101,4 +101,5 @@ FLOATS = {
     "gelu": _unary(gelu),
     "silu": _unary(lambda x: x * sigmoid(x)),
     "relu": _unary(lambda x: np.maximum(x, 0)),
+    "clamp": _unary(lambda x: np.clip(x, 0, 6)),
 }

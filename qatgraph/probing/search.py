@@ -14,8 +14,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.errors import Flaky
 
 from qatgraph.errors import LowerError, TargetError
+from qatgraph.ops import keeps_grid
 from qatgraph.planning.target import Row, Target
-from qatgraph.probing.cases import Case, Engine, Realized
+from qatgraph.probing.cases import GONE, Case, Engine, Realized
 from qatgraph.probing.draw import draw_case, hosts, operation_of
 from qatgraph.probing.operation import Expected, Operation, real
 from qatgraph.probing.products import FLOAT_STEP
@@ -33,7 +34,7 @@ SETTINGS = settings(
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-FLOAT_KERNEL = 2e-5  # how far a float kernel may be from float64, of its largest numbers
+FLOAT_KERNEL = 3e-5  # how far a float kernel may be from float64, of its largest numbers
 
 
 class NotHonoured(Exception):
@@ -120,7 +121,10 @@ def refutation(case: Case, engine: Engine) -> str:
     if case.row.placement != "int8" and case.quantized:  # the row says: no int8 kernel, or none that is right
         usable = found.int8 and not _misfit(found.output, right(case, slack=2))
         return f"{found.kernel} runs it in int8, and right" if usable else ""
-    return _wrong_kernel(case.row, found) or _misfit(found.output, right(case))
+    gone = found.kernel == GONE and keeps_grid(
+        case.op
+    )  # as ``compare_kernels`` has it: it may become a part of another
+    return ("" if gone else _wrong_kernel(case.row, found)) or _misfit(found.output, right(case))
 
 
 def _wrong_kernel(row: Row, found: Realized) -> str:

@@ -1,12 +1,13 @@
 """The integer reference: what an int8 region computes, in exact integers. The oracle of every proof."""
 
 from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
-from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, quantize, requantize
+from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, multiply_quantize, quantize, requantize
 from qatgraph.reference.pooling import average_pool, global_average_pool, max_pool
 from qatgraph.reference.products import (
     accumulate,
     accumulate_conv,
     conv,
+    conv_float,
     gemm,
     linear,
     matmul,
@@ -33,6 +34,7 @@ __all__ = [
     "average_pool",
     "concat",
     "conv",
+    "conv_float",
     "dequantize",
     "dynamic_quantize",
     "gemm",
@@ -45,6 +47,7 @@ __all__ = [
     "matmul_integer",
     "max_pool",
     "mul",
+    "multiply_quantize",
     "quantize",
     "requantize",
     "saturated_share",

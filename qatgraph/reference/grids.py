@@ -28,6 +28,20 @@ def quantize(x: Array, scale: Array, zero_point: Array, *, axis: int = 1) -> Arr
     return clamp(np.rint(x.astype(np.float32) / scale) + zero.astype(np.float32), zero_point.dtype)
 
 
+def multiply_quantize(x: Array, scale: Array, zero_point: Array) -> Array:
+    """A quantize to u8 as OpenVINO does it, with one scale: ``round_half_even(x * m + b)``, x cut to the grid's ends.
+
+    ``m = 255 / (high - low)`` and ``b = -low * m`` of the real ends of the grid, each step rounded to float32: the zero
+    point is in before the rounding, and is not whole. Equals the engine: 0 steps. Source: openvino
+    ``fake_quantize.cpp``.
+    """
+    assert zero_point.dtype == np.uint8
+    low, high = ((np.float32(end) - np.float32(zero_point)) * np.float32(scale) for end in (0, 255))
+    factor = np.float32(255) / (high - low)
+    scaled = np.clip(x.astype(np.float32), low, high) * factor
+    return clamp(np.rint(scaled + -low * factor), zero_point.dtype)
+
+
 def dequantize(q: Array, scale: Array, zero_point: Array, *, axis: int = 1) -> Array:
     """ONNX DequantizeLinear: ``(q - zero_point) * scale`` in float32."""
     scale, zero = (_along(np.asarray(v), q.ndim, axis) for v in (scale, zero_point))

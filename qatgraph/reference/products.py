@@ -153,6 +153,30 @@ def gemm(
     return requantize(acc, output_multiplier(x_grid.scale, w_scale, out_grid.scale), out_grid.zero_point)
 
 
+def conv_float(
+    x: Array,
+    x_grid: Grid,
+    weight: Array,
+    w_scale: Array,
+    bias: Array | None,
+    *,
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+    accumulator: ConvAccumulator = accumulate_conv,
+) -> Array:
+    """A convolution with float result, float32 ``acc * (s_x * s_w) + bias``, bias float32 or int32 as in ``linear``."""
+    zero, column = int(x_grid.zero_point), (-1, *[1] * (weight.ndim - 2))
+    acc = accumulator(x, zero, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if bias is not None and bias.dtype == np.int32:
+        acc = acc + bias.reshape(column)
+    unit = np.broadcast_to(np.float32(x_grid.scale) * w_scale.astype(np.float32), len(weight)).reshape(column)
+    y = acc.astype(np.float32) * unit
+    result: Array = y if bias is None or bias.dtype == np.int32 else y + bias.astype(np.float32).reshape(column)
+    return result
+
+
 def conv(
     x: Array,
     x_grid: Grid,

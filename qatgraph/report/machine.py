@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qatgraph.errors import VerifyError
 
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir", "numpy", "transformers")
+PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "onnxscript", "onnx-ir", "numpy", "transformers")
 
 
 def isa() -> str:

@@ -1,4 +1,4 @@
-"""Taps: what ONNX Runtime read and wrote at the borders of each int8 region of a file."""
+"""Taps: what an engine read and wrote at the borders of each int8 region of a file."""
 
 from __future__ import annotations
 
