@@ -36,7 +36,7 @@ golden-zoo: $(READY)  ## write docs/zoo.md anew: walks the whole zoo, some 15 mi
 	$(BIN)/python -m pytest -q tests/test_zoo.py -k test_the_page_is_current --golden-write
 
 bench: $(READY)  ## measure; JSON in build/bench
-	$(BIN)/python benchmarks/bench_latency.py && $(BIN)/python benchmarks/bench_engine.py && $(BIN)/python benchmarks/bench_stages.py && $(BIN)/python benchmarks/bench_passes.py
+	$(BIN)/python benchmarks/bench_latency.py && $(BIN)/python benchmarks/bench_engine.py && $(BIN)/python benchmarks/bench_stages.py && $(BIN)/python benchmarks/bench_passes.py && $(BIN)/python benchmarks/bench_costs.py
 
 clean:  ## remove what was built, and the virtual environment
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from qatgraph.ops import keeps_grid
 from qatgraph.planning.plan import Plan, Prediction
 
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"  # the operators of ONNX
+
 
 @dataclass(frozen=True)
 class KernelNode:
@@ -62,6 +64,17 @@ def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch
         if stray and plan.prediction(name) is None:
             found.append(Mismatch(name, "no row", "no int8 kernel", _seen(stray)))
     return found
+
+
+def compare_borders(plan: Plan, realized: Sequence[KernelNode]) -> str:
+    """Whether so many quantizes and dequantizes run as stand at the borders of the plan; empty if so."""
+    planned = {
+        QUANTIZE: sum(len(p.quantizes) for p in plan.partitions),
+        DEQUANTIZE: sum(len(p.dequantizes) for p in plan.partitions),
+    }
+    ran = {kernel: sum(n.kernel == kernel for n in realized) for kernel in planned}
+    wrong = [k for k in planned if planned[k] != ran[k]]
+    return "; ".join(f"the plan has {planned[k]} {k} at its borders, the engine runs {ran[k]}" for k in wrong)
 
 
 def _honoured(prediction: Prediction, have: Iterable[KernelNode]) -> bool:

@@ -14,9 +14,10 @@ from qatgraph.conversion import convert
 from qatgraph.errors import VerifyError
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.ir.meta import record
-from qatgraph.kernels import compare_kernels, owner
+from qatgraph.kernels import compare_borders, compare_kernels, owner
 from qatgraph.ops import keeps_grid
 from qatgraph.parity import RegionTap, compare_regions, has_region, without_reference
+from qatgraph.planning.fallback import fallback_report
 from qatgraph.planning.plan import Plan
 from qatgraph.quantizers.findings import findings
 from qatgraph.regions import Region
@@ -82,6 +83,7 @@ def prove(
     if report.failures:
         return report  # nothing that follows could be compared
     _kernels(report, backend, plan, model)
+    report.fallback = fallback_report(plan)
     _overflow(report, backend, plan, model, _one_sample(graph, feed_of(graph, batches[0])))
     qdq = convert(graph)
     _constants(report, backend, qdq, model)
@@ -93,6 +95,7 @@ def prove(
 def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     realized = backend.audit(model)
     mismatches = compare_kernels(plan, realized)
+    borders = compare_borders(plan, realized)
     tables = {f.name for f in plan.nodes if f.kind == "embedding"}
     shapes = {f.name for f in plan.nodes if keeps_grid(f.kind)}
     compute = {p.node for p in plan.predictions if p.int8 and p.kernel} - tables - shapes
@@ -110,9 +113,10 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
         "mismatches": [str(m) for m in mismatches],
         "pinned": pinned,
         "unnamed_int8": unnamed,
+        "borders": borders or "as planned",
         "how": f"predicted from the plan alone; realized: {backend.AUDITED}",
     }
-    report.failures += [str(m) for m in mismatches]
+    report.failures += [str(m) for m in mismatches] + ([borders] if borders else [])
 
 
 def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:

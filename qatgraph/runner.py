@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from qatgraph.ir.graph import Batch, Graph
 from qatgraph.job import MANIFEST, Job, JobData, load_job, make, output_folder, write_json
 from qatgraph.latency import measure
 from qatgraph.planning.plan import Plan
+from qatgraph.planning.recipe import load_recipe
 from qatgraph.proof import model_run, score
 from qatgraph.report.machine import check_cpu, isa, versions
 from qatgraph.report.report import Report
@@ -85,9 +86,17 @@ def canonicalize(job: Job, path: Path, setup: Setup, passes: Sequence[Pass]) -> 
     return api.canonicalize(setup.graph, passes, data=setup.data.calibrate, target=target, recipe=recipe)
 
 
-def make_plan(job: Job, path: Path, canonical: Graph, passes: Sequence[Pass] = ()) -> Plan:
-    """The plan of a canonical graph; of the passes, those that plan are asked."""
-    return api.decide(canonical, _beside(path, job.target), _beside(path, job.recipe), passes)
+def make_plan(
+    job: Job, path: Path, canonical: Graph, passes: Sequence[Pass] = (), budget: Mapping[str, Any] | None = None
+) -> Plan:
+    """The plan of a canonical graph; of the passes, those that plan are asked. ``budget`` changes the recipe's.
+
+    Raises:
+        PlanError: QG310 the plan misses the budget.
+    """
+    recipe = load_recipe(_beside(path, job.recipe))
+    recipe = recipe.model_copy(update={"budget": recipe.budget.model_copy(update=budget or {})})
+    return api.decide(canonical, _beside(path, job.target), recipe, passes)
 
 
 def _beside(path: Path, name: str) -> str:
@@ -103,6 +112,7 @@ def run_job(
     train: bool = True,
     passes: Sequence[str] = (),
     plan: Plan | None = None,
+    budget: Mapping[str, Any] | None = None,
     say: Say = lambda line: None,
 ) -> tuple[Report, Path]:
     """Run a job and write its folder; the folder appears whole or not at all.
@@ -118,7 +128,7 @@ def run_job(
     folder = output or Path("build") / job.name
     with threads(job.threads), output_folder(folder) as scratch:
         start = time.perf_counter()
-        results = [_one_seed(job, path, seed, scratch, train, extra, plan, say) for seed in job.seeds]
+        results = [_one_seed(job, path, seed, scratch, train, extra, plan, budget, say) for seed in job.seeds]
         report = _mean_over_seeds([r for r, _ in results], job.seeds)
         report.job = job.name
         report.check()
@@ -137,6 +147,7 @@ def _one_seed(
     train: bool,
     passes: Sequence[Pass],
     plan: Plan | None,
+    budget: Mapping[str, Any] | None,
     say: Say,
 ) -> tuple[Report, dict[str, Any]]:
     label = f"seed {seed}: " if len(job.seeds) > 1 else ""
@@ -145,7 +156,7 @@ def _one_seed(
     data = setup.data
     clock = time.perf_counter()
     canonical = canonicalize(job, path, setup, passes)
-    planned = plan or make_plan(job, path, canonical, passes)
+    planned = plan or make_plan(job, path, canonical, passes, budget)
     api.load_backend(planned)  # a target without one is refused before the work, and a CPU that cannot verify it
     check_cpu(planned.requires, f"target '{planned.target}'")
     qat = api.prepare(canonical, planned)

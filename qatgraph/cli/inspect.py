@@ -23,7 +23,7 @@ def show(plan_file: PlanFile, as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.tree import Tree
 
-    from qatgraph.planning.explain import module_tree, totals
+    from qatgraph.planning.explain import module_tree, partition_text, totals
     from qatgraph.planning.plan import Plan
 
     found = Plan.load(plan_file)
@@ -35,7 +35,7 @@ def show(plan_file: PlanFile, as_json: AsJson = False) -> None:
     _grow(top, tree)
     console = Console()
     console.print(top, highlight=False)
-    for line in totals(found):
+    for line in [*totals(found), *(f"  {partition_text(p)}" for p in found.partitions if p.placement == "int8")]:
         console.print(line, highlight=False, markup=False)
 
 

@@ -10,6 +10,14 @@ import typer
 
 from qatgraph.cli.common import AsJson, JobFile, OutputOption, PassesOption, TargetOption, app, busy, print_table
 
+MaxFallback = Annotated[
+    str | None,
+    typer.Option("--max-fallback", help="refuse a plan of which more of the work than this falls back to float: 10%"),
+]
+Require = Annotated[
+    list[str] | None, typer.Option("--require", help="a kind of which every node must be int8; may be repeated")
+]
+
 
 @app.command()
 def run(
@@ -18,6 +26,8 @@ def run(
     train: Annotated[bool, typer.Option("--train/--no-train", help="train after calibration")] = True,
     output: OutputOption = None,
     passes: PassesOption = None,
+    max_fallback: MaxFallback = None,
+    require: Require = None,
 ) -> None:
     """Capture, plan, calibrate, train, lower and verify a model.
 
@@ -27,7 +37,13 @@ def run(
     from qatgraph.runner import run_job
 
     report, folder = run_job(
-        job, output, target=_target(target), train=train, passes=passes or [], say=lambda s: print(s, flush=True)
+        job,
+        output,
+        target=_target(target),
+        train=train,
+        passes=passes or [],
+        budget=_budget(max_fallback, require),
+        say=lambda s: print(s, flush=True),
     )
     _show_report(report.as_json())
     print(f"\nwrote {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
@@ -39,6 +55,8 @@ def plan(
     target: TargetOption = None,
     output: Annotated[Path | None, typer.Option("--output", help="also write the plan to this file")] = None,
     passes: PassesOption = None,
+    max_fallback: MaxFallback = None,
+    require: Require = None,
     as_json: AsJson = False,
 ) -> None:
     """Decide what becomes int8, without calibration or training.
@@ -51,12 +69,12 @@ def plan(
     from qatgraph.rewriting.registry import parse_passes
     from qatgraph.runner import canonicalize, make_plan, set_up, threads
 
-    found = load_job(job)
+    found, budget = load_job(job), _budget(max_fallback, require)
     if target is not None:
         found = found.model_copy(update={"target": _target(target)})
     with busy(f"capture and plan {job}"), threads(found.threads):
         extra = parse_passes(passes or [])
-        made = make_plan(found, job, canonicalize(found, job, set_up(found, job, found.seeds[0]), extra), extra)
+        made = make_plan(found, job, canonicalize(found, job, set_up(found, job, found.seeds[0]), extra), extra, budget)
     if output is not None:
         write_atomically(output, made.to_json().encode())
     print(made.to_json() if as_json else str(made), end="")
@@ -151,11 +169,24 @@ def _target(target: str | None) -> str | None:
     return str(Path(target).resolve()) if target is not None and target.endswith(".toml") else target
 
 
+def _budget(max_fallback: str | None, require: list[str] | None) -> dict[str, Any]:
+    """What the command line says of the budget; the rest is the recipe's."""
+    from qatgraph.planning.budget import parse_share
+
+    found: dict[str, Any] = {"require": tuple(require)} if require else {}
+    if max_fallback is not None:
+        try:
+            found["max_fallback"] = parse_share(max_fallback)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--max-fallback") from error
+    return found
+
+
 def _show_report(report: dict[str, Any]) -> None:
     from qatgraph.report.report import flatten, format_value
 
     rows = []
-    for section in ("fidelity", "parity", "kernels", "overflow", "latency", "files"):
+    for section in ("fidelity", "parity", "kernels", "fallback", "overflow", "latency", "files"):
         for key, value in flatten(report[section]):
             if key != "how" and not key.startswith("by_seed"):
                 rows.append((section, key, format_value(value)))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qatgraph.ir.topology import partitions
 from qatgraph.planning.choices import Choice, port_of
 from qatgraph.planning.constraints import Author, Constraint, Port
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.grids import Grid, port_options, value_at
-from qatgraph.planning.plan import Alternative, Decision, Partition, Placement, Plan, Prediction, Quantizer
+from qatgraph.planning.islands import settle
+from qatgraph.planning.partitions import borders_of, partitions_of, sizes_of
+from qatgraph.planning.plan import Alternative, Decision, Placement, Plan, Prediction, Quantizer
 from qatgraph.planning.predict import UNASKED, bias_of
+from qatgraph.planning.prices import Prices
 from qatgraph.planning.recipe import Recipe
-from qatgraph.planning.solver import ABSENT_WHY, Solution, solve
+from qatgraph.planning.solver import ABSENT_WHY, Solution
 from qatgraph.planning.target import Row, Target
 from qatgraph.specs import DType, Granularity, QuantSpec, ScaleRule
 
@@ -32,13 +34,15 @@ class PlanningContext:
 def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hashes: dict[str, str]) -> Plan:
     """Solve and write the plan; ``constraints`` come from the passes, the recipe adds its own."""
     stated = sorted([*context.recipe.constraints(context.facts), *constraints], key=Constraint.order)
-    solution = solve(context.facts, context.target, stated)
+    solution = settle(context.facts, context.target, stated)
     quantizers, grid_decisions = _quantizers(solution, context, stated)
     chosen: dict[str, str] = {n: (c.row.placement if c.row else "engine-float") for n, c in solution.choices.items()}
-    parts = _partitions(context.facts, chosen, quantizers)
+    parts = partitions_of(context.facts, solution.choices, solution.readers, chosen, context.target.cost)
     number = {n: p.index for p in parts for n in p.nodes}
     choices = solution.choices.values()
-    return Plan(
+    borders = borders_of(solution.choices, solution.readers)
+    prices = Prices(context.target.cost, borders, sizes_of(context.facts))
+    plan = Plan(
         target=context.target.name,
         requires=context.target.requires,
         backend=context.target.backend,
@@ -46,18 +50,21 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
         recipe=context.recipe.name,
         nodes=context.facts,
         quantizers=tuple(quantizers),
-        placements=tuple(_placement(c, chosen, number) for c in choices),
+        placements=tuple(_placement(c, chosen, number, prices) for c in choices),
         partitions=parts,
         predictions=tuple(_prediction(c) for c in choices if c.rows and not _moves_floats(c)),
-        decisions=(*(_decision(c) for c in choices), *grid_decisions),
+        decisions=(*(_decision(c, prices) for c in choices), *grid_decisions),
         hashes=hashes,
     )
+    context.recipe.budget.check(plan)
+    return plan
 
 
-def _placement(choice: Choice, chosen: dict[str, str], number: dict[str, int]) -> Placement:
+def _placement(choice: Choice, chosen: dict[str, str], number: dict[str, int], prices: Prices) -> Placement:
     name, row = choice.fact.name, choice.row
     bias = bias_of(row, choice.fact, choice.wants) if row is not None and row.bias else None
-    return Placement(name, chosen[name], row.form if row else "", bias or "", number[name])
+    us, float_us = prices.taken(choice), prices.in_float(choice)
+    return Placement(name, chosen[name], row.form if row else "", bias or "", number[name], us, float_us)
 
 
 def _prediction(choice: Choice) -> Prediction:
@@ -82,10 +89,10 @@ def _moves_floats(choice: Choice) -> bool:
     return choice.row is None and all(row.moves for row, _ in choice.rows)
 
 
-def _decision(choice: Choice) -> Decision:
+def _decision(choice: Choice, prices: Prices) -> Decision:
     row, fact, held = choice.row, choice.fact, choice.held
     placement = f"{row.placement} as {_kernels(row)}" if row is not None else "engine-float"
-    lost = tuple(_lost(choice))
+    lost = tuple(_lost(choice, prices))
     if held is not None:
         return Decision(fact.name, placement, held.author, held.author.id, held.why, lost)
     if fact.absent:
@@ -97,13 +104,14 @@ def _decision(choice: Choice) -> Decision:
     return Decision(fact.name, placement, Author("row", row.id), row.id, row.why.format(**fact.words()), lost)
 
 
-def _lost(choice: Choice) -> Iterator[Alternative]:
+def _lost(choice: Choice, prices: Prices) -> Iterator[Alternative]:
     """The other rows of the kind, with why they lost; rows for forms that nobody asked for are no alternatives."""
     for row, why in choice.rows:
         if row is choice.row or why.startswith(UNASKED):
             continue
         reason = why or choice.out.get(row.id, "") or f"'{choice.row.id if choice.row else ''}' comes first"
-        yield Alternative(f"{row.placement} as {_kernels(row)}", Author("row", row.id), reason, row.kernel)
+        what, us = f"{row.placement} as {_kernels(row)}", prices.other(choice, row)
+        yield Alternative(what, Author("row", row.id), reason, row.kernel, us)
     if choice.held is not None:
         for wish in [*choice.int8s, *choice.asked]:
             asked = wish.form or " or ".join(map(str, wish.specs)) or "int8"
@@ -201,28 +209,3 @@ def _and(words: list[str]) -> str:
 def _row_id(solution: Solution, port: Port) -> str:
     row = solution.choices[port.node].row
     return row.id if row else ""
-
-
-def _partitions(
-    facts: tuple[NodeFact, ...], chosen: dict[str, str], quantizers: list[Quantizer]
-) -> tuple[Partition, ...]:
-    edges = [(value, f.name) for f in facts for _, value in f.inputs if value in chosen]
-    size = {v: f.x_bytes for f in facts for _, v in f.inputs[:1]} | {f.name: f.bytes for f in facts}
-    readers: dict[str, set[str]] = {v: set() for v in size}
-    for f in facts:
-        for _, value in f.inputs:
-            readers.setdefault(value, set()).add(f.name)
-    groups = [(placement, set(names), names) for placement, names in partitions(edges, chosen)]
-    number = {n: i for i, (_, _, names) in enumerate(groups) for n in names}
-    # float32 is read and one byte written for each value that a quantizer makes at a partition's border
-    crossing: list[set[str]] = [set() for _ in groups]
-    for quantizer in quantizers:
-        for index in {number[p.node] for p in quantizer.ports if p.node in number}:
-            inside = groups[index][1]
-            within = {v for v in quantizer.values if v in inside and readers[v] and readers[v] <= inside}
-            crossing[index] |= {v for v in quantizer.values if v in size} - within
-    cost = [sum(size[v] + size[v] // 4 for v in values) for values in crossing]
-    return tuple(
-        Partition(i, placement, names, cost[i] if placement == "int8" else 0)
-        for i, (placement, _, names) in enumerate(groups)
-    )

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qatgraph.errors import PlanError, nearest
-from qatgraph.planning.plan import Decision, Plan
+from qatgraph.planning.fallback import fallback_lines
+from qatgraph.planning.plan import Decision, Partition, Placement, Plan
 
 
 def plan_text(plan: Plan) -> str:
@@ -32,14 +33,12 @@ def totals(plan: Plan) -> list[str]:
     pinned = Counter(kind(plan, p.node) for p in plan.predictions if p.pinned)
     rest = Counter(kind(plan, p.node) for p in plan.predictions if not p.int8 and not p.pinned)
     grids = Counter(str(q.spec) for q in plan.quantizers)
-    border = sum(p.boundary_bytes for p in plan.partitions)
-    islands = sum(p.placement == "int8" for p in plan.partitions)
     return [
         f"  int8    {_counted(int8)}",
         f"  pinned  {_counted(pinned)}",
         f"  float   {_counted(rest)}",
         f"  grids   {_counted(grids)}",
-        f"  borders {islands} int8 partitions, {border / 1024:.0f} KiB quantized for them on the example batch",
+        *fallback_lines(plan),
     ]
 
 
@@ -65,6 +64,20 @@ def module_tree(plan: Plan) -> dict[str, Any]:
     return tree
 
 
+def partition_text(partition: Partition) -> str:
+    """``partition 3, int8, 4 nodes; borders: 1 quantize, 0 dequantizes, 10 KiB, about 3.2 us``."""
+    text = f"partition {partition.index}, {partition.placement}, {_many(partition.nodes, 'node')}"
+    if partition.placement != "int8":
+        return text
+    cost = f", about {partition.boundary_us:.3g} us" if partition.boundary_us is not None else ""
+    borders = f"{_many(partition.quantizes, 'quantize')}, {_many(partition.dequantizes, 'dequantize')}"
+    return f"{text}; borders: {borders}, {partition.boundary_bytes / 1024:.0f} KiB{cost}"
+
+
+def _many(values: tuple[str, ...], what: str) -> str:
+    return f"{len(values)} {what}{'s' if len(values) != 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Everything that was decided about one name."""
@@ -76,6 +89,8 @@ class Explanation:
     remedy: str
     shape: str
     source: str
+    placement: Placement | None = None
+    partition: Partition | None = None
 
     def text(self) -> str:
         lines = [self.name + (f"  {self.shape}" if self.shape else "") + (f"  ({self.source})" if self.source else "")]
@@ -84,7 +99,14 @@ class Explanation:
             lines.append(f"    decided by {decision.author}")
             lines.append(f"    because {decision.why}")
             for other in decision.lost:
-                lines.append(f"    lost: {other.choice} ({other.author}): {other.why_lost}")
+                cost = f"; it would take about {other.us:.3g} us" if other.us is not None else ""
+                lines.append(f"    lost: {other.choice} ({other.author}): {other.why_lost}{cost}")
+        if self.placement is not None and self.placement.us is not None:
+            lines.append(
+                f"  takes about {self.placement.us:.3g} us on the example batch, {self.placement.float_us:.3g} in float"
+            )
+        if self.partition is not None:
+            lines.append(f"  {partition_text(self.partition)}")
         if self.kernel:
             lines.append(f"  kernel predicted: {self.kernel.replace('|', ' or ')}")
         if self.blocked_by:
@@ -108,6 +130,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     decisions = tuple(d for d in plan.decisions if d.subject in subjects or d.subject == name)
     prediction = plan.prediction(node)
     fact = next((f for f in plan.nodes if f.name == node), None)
+    placement = next((p for p in plan.placements if p.node == node), None)
     return Explanation(
         name=node,
         decisions=decisions,
@@ -116,6 +139,8 @@ def explain(plan: Plan, name: str) -> Explanation:
         remedy=prediction.remedy if prediction else "",
         shape="x".join(map(str, fact.shape)) if fact else "",
         source=fact.source if fact else "",
+        placement=placement,
+        partition=plan.partitions[placement.partition] if placement else None,
     )
 
 

@@ -38,8 +38,9 @@ class NodeFact:
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
     ``output`` if the model returns it; ``low`` the smallest value that the operation can give, if it has one;
     ``zeros`` says that it pads an image with zeros;
-    ``bytes`` its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
-    a ``constant`` (it depends on no input), or only gives a ``state`` of the model a new value.
+    ``bytes`` its size on the example batch, and ``macs`` its multiply-accumulates there. ``absent`` says why no kernel
+    is left of it, if none is: it is a ``constant`` (it depends on no input), or only gives a ``state`` of the model a
+    new value.
     """
 
     name: str
@@ -54,6 +55,7 @@ class NodeFact:
     readers: tuple[str, ...]
     bytes: int
     x_bytes: int = 0
+    macs: int = 0
     low: float | None = None
     zeros: bool = False
     absent: Literal["", "constant", "state"] = ""
@@ -148,6 +150,26 @@ def _low(node: fx.Node, kind: str) -> float | None:
     return 0.0 if kind in ("relu", "sigmoid", "softmax", "safe_softmax") else None
 
 
+def macs_of(node: fx.Node, kind: str) -> int:
+    """Multiply-accumulates of an operation of products on the example batch; of others 0."""
+    from qatgraph.ir.graph import arguments, example_size
+    from qatgraph.ir.meta import value_of
+
+    def size(value: Any) -> list[int]:
+        return [example_size(s) for s in value_of(value).shape]
+
+    operand = {role: arg for role, arg in arguments(node) if hasattr(arg, "meta")}
+    if kind in ("linear", "matmul"):
+        return math.prod(size(node)) * size(operand["x"])[-1]
+    if kind.startswith("conv"):
+        spread = operand["x"] if kind.startswith("conv_transpose") else node  # there each input is multiplied
+        return math.prod(size(spread)) * math.prod(size(operand["weight"])[1:])
+    if kind == "attention":
+        query, key, value = (size(operand[role]) for role in ("query", "key", "value"))
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 0
+
+
 def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     """The facts of every named node whose result is a float tensor, in the order of ``dataflow_order``."""
     import torch
@@ -208,6 +230,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             readers=tuple(sorted(set(_reader_kinds(node)))),
             bytes=elements * 4,
             x_bytes=x_bytes,
+            macs=macs_of(node, known.kind),
             low=_low(node, known.kind),
             zeros=known.kind == "pad" and _pads_images(node),
             absent="constant" if node not in varying else "" if node in needed else "state",

@@ -16,7 +16,7 @@ from qatgraph.planning.constraints import Author, Port
 from qatgraph.planning.facts import NodeFact
 from qatgraph.specs import QuantSpec
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Alternative:
+    """``us``: what it is estimated to take on the example batch, with the quantizes in front of it that are not there
+    anyway; ``None`` where the target has no costs, or the alternative is a grid."""
+
     choice: str
     author: Author
     why_lost: str
     kernel: str = ""
+    us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,21 +61,34 @@ class Decision:
 
 @dataclass(frozen=True)
 class Placement:
+    """``us``: the estimated microseconds of the node on the example batch, and ``float_us`` of its float kernel, if the
+    target has costs."""
+
     node: str
     placement: str  # int8, engine-float, host
     form: str = ""
     bias: str = ""
     partition: int = 0
+    us: float | None = None
+    float_us: float | None = None
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A connected group of one placement. Boundary cost: bytes that quantize and dequantize move, example batch."""
+    """A maximal convex group of one placement: no path leaves it and comes back.
+
+    ``quantizes`` and ``dequantizes`` are the values at its border that are turned to integers for it, or back. One that
+    several partitions read is the first one's. ``boundary_bytes`` are what they read and write on the example batch,
+    ``boundary_us`` their estimated microseconds, if the target has costs.
+    """
 
     index: int
     placement: str
     nodes: tuple[str, ...]
-    boundary_bytes: int
+    quantizes: tuple[str, ...] = ()
+    dequantizes: tuple[str, ...] = ()
+    boundary_bytes: int = 0
+    boundary_us: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator
 
 from qatgraph.errors import PlanError
 from qatgraph.ir.names import is_glob, matches, select
+from qatgraph.planning.budget import Budget
 from qatgraph.planning.constraints import RECIPE_GLOB, RECIPE_NAMED, Author, Constraint, Port
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.target import BiasForm, Spec
@@ -37,14 +38,18 @@ class Override(UserModel):
 
 
 class Recipe(UserModel):
-    """``observer`` chooses activation ranges; ``override`` lists the exceptions. Later lines win among equals."""
+    """``observer`` chooses activation ranges; ``override`` lists the exceptions. Later lines win among equals.
+
+    ``budget`` decides nothing: a plan that misses it is refused.
+    """
 
     name: str = "int8"
     observer: Observer = "mse"
     override: tuple[Override, ...] = ()
+    budget: Budget = Budget()
 
     def hash(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude={"budget"}).encode()).hexdigest()
 
     def constraints(self, facts: tuple[NodeFact, ...]) -> list[Constraint]:
         """The recipe's lines as constraints; a selector that matches nothing is an error."""

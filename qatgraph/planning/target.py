@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 
 from qatgraph.errors import TargetError, nearest
+from qatgraph.planning.cost import Cost
 from qatgraph.planning.extending import taken_over
 from qatgraph.planning.facts import WORDS
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
@@ -147,6 +148,8 @@ class Target(UserModel):
     the CPU must have, or the file would be quietly wrong: with ``vnni`` (AVX512-VNNI, AVX-VNNI or AMX) no sum of
     products passes through 16 bits, so that rows may use the full range of a weight.
 
+    ``cost`` is what its kernels and borders cost; without it a plan counts borders, and does not weigh them.
+
     ``extends`` names another target, or a TOML file beside this one. Its table is taken over but for name and
     description: ``without`` lists the ids of rows that go, a row with the id of one of its rows gives the keys that
     change, and other rows stand in front. What ``row`` holds is the whole table.
@@ -160,6 +163,7 @@ class Target(UserModel):
     backend: str = ""
     opset: int = 0
     pipeline: str = "plan"
+    cost: Cost | None = None
     row: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="before")

@@ -21,6 +21,7 @@ class Report:
     fidelity: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
+    fallback: dict[str, Any] = field(default_factory=dict)
     overflow: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Report:
         lines = [f"# {self.job or 'verification'} on {self.target}: {verdict}", ""]
         lines += [f"- FAILED: {f}" for f in self.failures]
         lines += [f"- note: {n}" for n in self.notes]
-        for title in ("fidelity", "parity", "kernels", "overflow", "latency", "files"):
+        for title in ("fidelity", "parity", "kernels", "fallback", "overflow", "latency", "files"):
             section = getattr(self, title)
             if section:
                 lines += ["", f"## {title}", "", *_rows(section)]

@@ -1,0 +1,159 @@
+"""Convex partitions: groups of one placement that no path leaves and enters again, and what stands at their borders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from qatgraph.planning.choices import Choice, Choices, Readers, tail
+from qatgraph.planning.cost import Cost
+from qatgraph.planning.facts import NodeFact
+from qatgraph.planning.grids import port_options
+from qatgraph.planning.plan import Partition
+
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where integers are read and written.
+
+    ``reads``: of each value, the int8 nodes that read it as integers; ``writes``: of each value that a kernel writes as
+    integers, the node of the kernel.
+    """
+
+    reads: dict[str, tuple[str, ...]]
+    writes: dict[str, str]
+
+    def quantizes(self) -> list[str]:
+        """The values in front of whose readers a quantize stands, one for all of them."""
+        return [v for v in self.reads if v not in self.writes]
+
+    def dequantizes(self, choices: Choices, readers: Readers) -> list[str]:
+        """The values behind whose kernel a dequantize stands, for what reads floats; so behind rows of a table."""
+        tables = [n for n, c in choices.items() if c.int8 and looks_up(c)]
+        return [*(v for v in self.writes if reads_floats(v, self, choices, readers)), *tables]
+
+
+def looks_up(choice: Choice) -> bool:
+    """Whether the kernel picks integers of a constant, which become floats behind it."""
+    row = choice.row
+    return row is not None and bool(row.weight) and not row.x and not row.out
+
+
+def reads_floats(value: str, borders: Borders, choices: Choices, readers: Readers) -> bool:
+    """Whether something reads the value as floats: a float operation, or whoever runs the model."""
+    integers = borders.reads.get(value, ())
+    inside = [n for n in readers.get(value, ()) if choices[n].inside and choices[n].int8]
+    others = set(readers.get(value, ())) - set(integers) - set(inside)
+    return bool(others) or "output" in choices[value].fact.readers
+
+
+def borders_of(choices: Choices, readers: Readers) -> Borders:
+    reads: dict[str, tuple[str, ...]] = {}
+    writes: dict[str, str] = {}
+    for name, choice in choices.items():
+        if not choice.int8 or choice.inside:
+            continue
+        for value, port, _ in port_options(choice, choices, readers):
+            if port.role == "out":
+                writes[tail(choice, choices, readers)] = name
+            elif port.role != "weight":
+                reads[value] = (*reads.get(value, ()), name)
+    return Borders(reads, writes)
+
+
+def sizes_of(facts: Iterable[NodeFact]) -> dict[str, int]:
+    """Elements of every value on the example batch."""
+    found: dict[str, int] = {}
+    for fact in facts:
+        for i, (_, value) in enumerate(fact.inputs):
+            found.setdefault(value, (fact.bytes if i else fact.x_bytes) // 4)
+        found[fact.name] = fact.bytes // 4
+    return found
+
+
+def is_convex(edges: Iterable[Edge], groups: Sequence[Iterable[str]]) -> bool:
+    """Whether no path leaves a group and comes back: the graph of the groups has no cycle."""
+    return bool(nx.is_directed_acyclic_graph(_quotient(edges, {n: i for i, g in enumerate(groups) for n in g})))
+
+
+def convex_groups(edges: Sequence[Edge], ties: Iterable[Edge], placement: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Maximal convex groups of nodes of one placement that edges or ties join; of two that exclude each other, the
+    first in the order of ``placement``, which is one of the data flow, stays.
+
+    ``ties`` are pairs that belong together without an edge: two readers of one quantize.
+    """
+    rank = {name: i for i, name in enumerate(placement)}
+    joined = [p for p in [*edges, *ties] if placement[p[0]] == placement[p[1]]]
+    group = {name: i for i, names in enumerate(_by_depth(edges, joined, placement)) for name in names}
+    order = sorted(joined, key=lambda p: (rank[p[1]], rank[p[0]]))
+    while True:
+        view, merged = _quotient(edges, group), False
+        for a, b in order:
+            one, other = group[a], group[b]
+            if one != other and not _around(view, one, other) and not _around(view, other, one):
+                group = {n: one if g == other else g for n, g in group.items()}
+                view, merged = _quotient(edges, group), True
+        if not merged:
+            break
+    found: dict[int, list[str]] = {}
+    for name in placement:
+        found.setdefault(group[name], []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _by_depth(edges: Sequence[Edge], joined: Iterable[Edge], placement: Mapping[str, str]) -> list[set[str]]:
+    """Connected nodes over which a path from the inputs has changed placement equally often at most.
+
+    Convex, since along a path that number never falls, and rises where it leaves a placement.
+    """
+    before: dict[str, list[str]] = {name: [] for name in placement}
+    for a, b in edges:
+        before[b].append(a)
+    depth: dict[str, int] = {}
+    for name in placement:
+        depth[name] = max((depth[a] + (placement[a] != placement[name]) for a in before[name]), default=0)
+    view: nx.Graph[str] = nx.Graph()
+    view.add_nodes_from(placement)
+    view.add_edges_from(p for p in joined if depth[p[0]] == depth[p[1]])
+    return list(nx.connected_components(view))
+
+
+def _quotient(edges: Iterable[Edge], group: Mapping[str, int]) -> nx.DiGraph[int]:
+    view: nx.DiGraph[int] = nx.DiGraph()
+    view.add_nodes_from(set(group.values()))
+    view.add_edges_from((group[a], group[b]) for a, b in edges if group[a] != group[b])
+    return view
+
+
+def _around(view: nx.DiGraph[int], a: int, b: int) -> bool:
+    """Whether a path leads from a to b over another group."""
+    return any(n != b and nx.has_path(view, n, b) for n in view.successors(a))
+
+
+def partitions_of(
+    facts: Sequence[NodeFact], choices: Choices, readers: Readers, placement: Mapping[str, str], cost: Cost | None
+) -> tuple[Partition, ...]:
+    """Every node in one partition; each quantize and dequantize belongs to the int8 partition that needs it first."""
+    borders, size = borders_of(choices, readers), sizes_of(facts)
+    edges = [(value, f.name) for f in facts for _, value in f.inputs if value in placement]
+    quantized = borders.quantizes()
+    ties = [(borders.reads[v][0], other) for v in quantized for other in borders.reads[v][1:]]
+    groups = convex_groups(edges, ties, placement)
+    number = {n: i for i, names in enumerate(groups) for n in names}
+    front: list[list[str]] = [[] for _ in groups]
+    behind: list[list[str]] = [[] for _ in groups]
+    for value in quantized:
+        front[number[borders.reads[value][0]]].append(value)
+    for value in borders.dequantizes(choices, readers):
+        behind[number[borders.writes.get(value, value)]].append(value)
+    found = []
+    for i, names in enumerate(groups):
+        moved = [[size[v] for v in side] for side in (front[i], behind[i])]
+        us = cost.border_us(*moved) if cost is not None else None
+        bytes_ = sum(map(sum, moved)) * 5  # four bytes on one side, one on the other
+        found.append(Partition(i, placement[names[0]], names, tuple(front[i]), tuple(behind[i]), bytes_, us))
+    return tuple(found)
