@@ -37,7 +37,9 @@ def _dynamic(file: File, case: Case, values: dict[str, str]) -> str:
     sums = file.add("MatMulInteger", integers, weight, f"{integers}2")
     unit = file.add("Mul", f"{integers}1", file.constant("weight/scale", case.weight.grid.scale))
     result = file.add("Mul", file.add("Cast", sums, to=1), unit)
-    return result if case.bias is None else file.add("Add", result, _bias(file, case))
+    if case.bias is None:
+        return result
+    return file.add("Sum" if case.bias.size == 1 else "Add", result, _bias(file, case))  # as the lowering does, and why
 
 
 def _in_blocks(file: File, case: Case, values: dict[str, str]) -> str:

@@ -22,7 +22,8 @@ def pack_blocks(weight: Array, block: int, bits: int) -> Array:
     of 4 bits in the low half; the last block of a row ends in zeros."""
     padded = np.pad(weight.astype(np.int16), ((0, 0), (0, -weight.shape[1] % block)))
     unsigned = (padded + 2 ** (bits - 1)).astype(np.uint8).reshape(len(weight), -1, block)
-    return unsigned if bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+    packed: Array = unsigned if bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+    return packed
 
 
 def unpack_blocks(packed: Array, k: int, bits: int) -> Array:
@@ -55,7 +56,10 @@ def dynamic_nodes(core: Any, dequantize: Any, bias: Any, turned: Any) -> list[An
     unit = ir.Node("", "Mul", [scale, dequantize.inputs[1]], name=f"{stem}/Mul")
     last = ir.Node("", "Mul", [cast.outputs[0], unit.outputs[0]], name=f"{stem}/Mul#2")
     nodes = [product, cast, unit, last]
-    return nodes if bias is None else [*nodes, ir.Node("", "Add", [last.outputs[0], bias], name=f"{stem}/Add")]
+    if bias is None:
+        return nodes
+    op = "Sum" if bias.const_value.numpy().size == 1 else "Add"  # an Add of a single zero is dropped: then none fuses
+    return [*nodes, ir.Node("", op, [last.outputs[0], bias], name=f"{stem}/Add")]
 
 
 def block_node(core: Any, dequantize: Any, bias: Any, packed: Any, bits: int) -> Any:
@@ -87,7 +91,9 @@ def constants_of(node: Any, constants: Mapping[str, Array], readers: Mapping[str
 def _scale_behind(node: Any, constants: Mapping[str, Array], readers: Mapping[str, Any]) -> Array | None:
     """The constant factor of ``s_x * s_w`` that the sums of a MatMulInteger meet."""
     cast = readers.get(node.output[0])
-    product = readers.get(cast.output[0]) if cast is not None and cast.op_type == "Cast" else None
+    if cast is None or cast.op_type != "Cast":
+        return None
+    product = readers.get(cast.output[0])
     if product is None or product.op_type != "Mul":
         return None
     writers = {o: n for n in readers.values() for o in n.output}

@@ -13,8 +13,8 @@ from qatgraph.reference import Array
 
 # the node that carries an int8 region: a linear's product stands before its Add
 CORES = (
-    "MatMulInteger", "MatMulNBits", "MatMul", "Gemm", "Gather", "Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid", "LeakyRelu",
-    "Softmax", "Mul", "Add",
+    "MatMulInteger", "MatMulNBits", "MatMul", "Gemm", "Gather", "Conv", "MaxPool", "AveragePool", "GlobalAveragePool",
+    "Concat", "Sigmoid", "LeakyRelu", "Softmax", "Mul", "Add",
 )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ class RegionTap:
     """What the engine read and wrote at one region, for one batch.
 
     Of each activation that it reads, ``borders`` holds the float tensor in front of the quantize and ``integers`` what
-    it became (for a table: the indices and the looked-up integers; a kernel that reads floats has them in both places). There is no border behind a kernel that writes
-    integers. ``out`` is the result: float, bias included, or the integers that the kernel writes.
+    it became (for a table: the indices and the looked-up integers; a kernel that reads floats has them in both places).
+    There is no border behind a kernel that writes integers. ``out`` is the result: float, bias included, or the
+    integers that the kernel writes.
     """
 
     node: str

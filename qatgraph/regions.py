@@ -23,8 +23,9 @@ Result = Callable[..., Array]
 class Region:
     """One planned node with its grids, in the graph of the stage qdq.
 
-    ``inputs`` are the dequantizes in front of its activations, or what rounds one to a grid of its own, ``out`` the quantize that its kernel does too, if it
-    writes integers. ``without_vnni``: as x86 with AVX2 and no VNNI computes it, where pair sums saturate.
+    ``inputs`` are the dequantizes in front of its activations, or what rounds one to a grid of its own, ``out`` the
+    quantize that its kernel does too, if it writes integers. ``without_vnni``: as x86 with AVX2 and no VNNI computes
+    it, where pair sums saturate.
     """
 
     qdq: Graph
@@ -68,11 +69,12 @@ class Region:
         """How many neighbours along K share a scale."""
         return int(dict(arguments(self.node))["weight"].args[2])
 
-    def slack(self, *inputs: Array) -> Array | None:
+    def slack(self, x: Array, *others: Array) -> Array | None:
         """How far a sum of floats may be from ``result``; None where the sums are of integers."""
         if not self.in_blocks:
             return None
-        return reference.sum_slack(*inputs, *self.weight, self.block, self.bias)
+        weight, scale = self.weight
+        return reference.sum_slack(x, weight, scale, self.block, self.bias)
 
     def quantize_steps(self) -> list[Result]:
         """What each quantize in front makes of the float border: for a table, what it holds at the indices."""
@@ -86,7 +88,7 @@ class Region:
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
-        """What makes of a float border what the kernel reads: the quantizes in front, or the region's own first node."""
+        """What makes of a float border what the kernel reads: quantizes in front, or the region's own first node."""
         if self.reads_floats:
             return self.inputs or (self.node,)
         return tuple(_source(n) for n in self.inputs)

@@ -151,4 +151,4 @@ def _read_int8(value: str, choices: Choices, readers: Readers) -> bool:
 
 def _takes_integers(choice: Choice) -> bool:
     row = choice.row
-    return row is not None and (bool(row.x) and not row.dynamic_x or row.needs == "before")
+    return row is not None and ((bool(row.x) and not row.dynamic_x) or row.needs == "before")

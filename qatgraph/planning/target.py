@@ -90,7 +90,7 @@ class Row(UserModel):
 
     @property
     def on_request(self) -> bool:
-        """Whether it computes something else than rows of fixed 8-bit grids do: only who asks for such a grid gets it."""
+        """Whether it is about another computation than fixed 8-bit grids: only who asks for such a grid gets it."""
         return self.dynamic_x or any(s.block is not None for s in self.weight)
 
     @property

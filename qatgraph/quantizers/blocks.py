@@ -18,7 +18,7 @@ def block_scale(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 def in_blocks(weight: torch.Tensor, size: int) -> torch.Tensor:
     """``[N, K]`` -> ``[N, ceil(K / size), size]``, with zeros behind the last."""
-    return functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+    return functional.pad(weight, (0, -weight.shape[1] % size)).reshape(len(weight), -1, size)
 
 
 def out_of_blocks(blocks: torch.Tensor, k: int) -> torch.Tensor:
