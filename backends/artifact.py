@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qatgraph.backends import onnx_products
 from qatgraph.planning.plan import Plan
 from qatgraph.reference import Array
 
@@ -25,8 +26,8 @@ def parse(model: bytes | str) -> Any:
 
 
 def product_constants(model: bytes) -> dict[str, dict[str, tuple[Array, ...]]]:
-    """Of every product in the file with a constant int8 weight, by the name of its node and by role: (scale, zero
-    point) of x, (integers, scale) of weight and bias.
+    """Of every product in the file with a constant integer weight, by the name of its node and by role: (scale, zero
+    point) of x, if that is fixed, (integers, scale) of weight and bias.
 
     A weight is ``[N, K]``, or ``[O, C / groups, *kernel]`` of a convolution.
     """
@@ -35,7 +36,9 @@ def product_constants(model: bytes) -> dict[str, dict[str, tuple[Array, ...]]]:
     graph = parse(model).graph
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     producers = {o: n for n in graph.node for o in n.output}
-    found: dict[str, dict[str, tuple[Array, ...]]] = {}
+    readers = {v: n for n in graph.node for v in n.input}
+    read = {n.name: onnx_products.constants_of(n, constants, readers) for n in graph.node}
+    found = {name: operands for name, operands in read.items() if operands}
     for node in (n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv")):
         operands: dict[str, tuple[Array, ...]] = {}
         for role, value in zip(("x", "weight", "bias"), node.input, strict=False):

@@ -22,14 +22,15 @@ class File:
         self.inputs: list[Any] = []
         self.feed: dict[str, Array] = {}
 
-    def add(self, op: str, *inputs: str, at: str = CORE, **attributes: Any) -> str:
-        """One node with one output, whose name is returned."""
+    def add(self, op: str, *inputs: str, at: str = CORE, results: int = 1, **attributes: Any) -> str:
+        """One node, of which the name of the first output is returned; the others are called ``…1``, ``…2``."""
         from onnx import helper
 
         name = f"{at}/{op}"
         twins = sum(n.name.partition("#")[0] == name for n in self.nodes)
         name += f"#{twins}" if twins else ""
-        self.nodes.append(helper.make_node(op, inputs, [f"{name}/out"], name, **attributes))
+        outputs = [f"{name}/out{i or ''}" for i in range(results)]
+        self.nodes.append(helper.make_node(op, inputs, outputs, name, **attributes))
         return f"{name}/out"
 
     def constant(self, name: str, value: Any) -> str:
@@ -77,7 +78,8 @@ class File:
 
         last = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
         graph = helper.make_graph(self.nodes, "case", self.inputs, last, self.constants)
-        opsets = [helper.make_opsetid("", opset)]
+        domains = {n.domain for n in self.nodes} - {""}
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         model = onnx.shape_inference.infer_shapes(model) if typed else model
         return bytes(model.SerializeToString())

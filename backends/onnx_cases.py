@@ -80,7 +80,7 @@ def _product(file: File, value: str) -> bool:
 def _operand(file: File, role: str, operand: Operand, case: Case, style: Style) -> str:
     """The float value that the operation reads: a graph input, with Q/DQ behind it, or integers with DQ behind."""
     dynamic = case.dynamic if role == next(iter(case.inputs)) else ()
-    if not case.quantized:
+    if not case.quantized or case.row.on_request:
         return file.input(role, operand.real, dynamic)
     if case.border == "integers":
         return file.dequantize(file.input(role, operand.q, dynamic), operand.grid, role)

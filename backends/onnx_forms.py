@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qatgraph.backends.onnx_file import MOVES
+from qatgraph.backends.onnx_products import MICROSOFT, block_node, dynamic_nodes, pack_blocks, product_of
 
 # what ORT takes for an int8 operation where Q and DQ stand around it
 PARTED = (
@@ -47,6 +48,34 @@ def _as_matmul(model: Any, nodes: list[Any], bias: str) -> None:
         rank = add.outputs[0].shape.rank()
         row = vector.const_value.numpy().reshape([1] * (rank - 1) + [-1])
         add.replace_input_with(index, initializer(model, f"{vector.name}/row{rank}", row))
+
+
+def _as_dynamic(model: Any, nodes: list[Any], bias: str) -> None:
+    core, dequantize, vector = product_of(nodes)
+    weight = dequantize.inputs[0]
+    turned = initializer(model, f"{weight.name}/transposed", np.ascontiguousarray(weight.const_value.numpy().T))
+    _instead(model, core, nodes, dynamic_nodes(core, dequantize, vector, turned))
+
+
+def _as_blocks(bits: int) -> Callable[[Any, list[Any], str], None]:
+    def write(model: Any, nodes: list[Any], bias: str) -> None:
+        core, dequantize, vector = product_of(nodes)
+        weight, block = dequantize.inputs[0], dequantize.attributes["block_size"].as_int()
+        packed = initializer(model, f"{weight.name}/packed", pack_blocks(weight.const_value.numpy(), block, bits))
+        model.opset_imports[MICROSOFT] = 1
+        _instead(model, core, nodes, [block_node(core, dequantize, vector, packed, bits)])
+
+    return write
+
+
+def _instead(model: Any, core: Any, nodes: list[Any], new: list[Any]) -> None:
+    """Put other nodes in the place of a linear."""
+    import onnx_ir as ir
+
+    old = [n for n in nodes if n is core or n.op_type == "Add"]
+    result, last = old[-1].outputs[0], new[-1].outputs[0]
+    last.dtype, last.shape = result.dtype, result.shape
+    ir.convenience.replace_nodes_and_values(model.graph, old[-1], old, new, [result], [last])
 
 
 def _as_gather(model: Any, nodes: list[Any], bias: str) -> None:
@@ -229,6 +258,9 @@ def _meets_quantize(value: Any) -> bool:
 FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
     "gather": _as_gather,
     "matmul": _as_matmul,
+    "dynamic": _as_dynamic,
+    "blocks-8": _as_blocks(8),
+    "blocks-4": _as_blocks(4),
     "sum": _as_sum,
     "max": _as_max,
     "min-max": _as_min_max,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qatgraph.backends.onnx_builder import CORE, File
+from qatgraph.backends.onnx_products import IN_FLOAT, MICROSOFT, pack_blocks
 from qatgraph.probing.cases import Case, Grid
 from qatgraph.probing.convolutions import pads
 from qatgraph.probing.floats import EPSILON
@@ -29,7 +30,34 @@ def _weight(file: File, case: Case, *, turned: bool) -> str:
     return file.dequantize(integers, replace(grid, axis=axis), "weight")
 
 
+def _dynamic(file: File, case: Case, values: dict[str, str]) -> str:
+    assert case.weight is not None
+    integers = file.add("DynamicQuantizeLinear", values["x"], results=3)
+    weight = file.constant("weight", np.ascontiguousarray(case.weight.q.T))
+    sums = file.add("MatMulInteger", integers, weight, f"{integers}2")
+    unit = file.add("Mul", f"{integers}1", file.constant("weight/scale", case.weight.grid.scale))
+    result = file.add("Mul", file.add("Cast", sums, to=1), unit)
+    if case.bias is None:
+        return result
+    return file.add("Sum" if case.bias.size == 1 else "Add", result, _bias(file, case))  # as the lowering does, and why
+
+
+def _in_blocks(file: File, case: Case, values: dict[str, str]) -> str:
+    assert case.weight is not None
+    grid, (n, k) = case.weight.grid, case.weight.q.shape
+    assert grid.block is not None
+    bits = 4 if grid.dtype is DType.S4 else 8
+    packed = file.constant("weight", pack_blocks(case.weight.q, grid.block, bits))
+    bias = [] if case.bias is None else ["", "", _bias(file, case)]
+    return file.add(
+        "MatMulNBits", values["x"], packed, file.constant("weight/scale", grid.scale), *bias, domain=MICROSOFT,
+        K=k, N=n, bits=bits, block_size=grid.block, accuracy_level=IN_FLOAT,
+    )  # fmt: skip
+
+
 def _linear(file: File, case: Case, values: dict[str, str]) -> str:
+    if case.row.on_request:
+        return (_dynamic if case.row.dynamic_x else _in_blocks)(file, case, values)
     if case.form == "gemm" or not (
         case.quantized or case.inputs["x"].q.ndim > 2
     ):  # in float as torch's exporter writes it

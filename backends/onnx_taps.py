@@ -13,8 +13,8 @@ from qatgraph.reference import Array
 
 # the node that carries an int8 region: a linear's product stands before its Add
 CORES = (
-    "MatMul", "Gemm", "Gather", "Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid", "LeakyRelu",
-    "Softmax", "Mul", "Add",
+    "MatMulInteger", "MatMulNBits", "MatMul", "Gemm", "Gather", "Conv", "MaxPool", "AveragePool", "GlobalAveragePool",
+    "Concat", "Sigmoid", "LeakyRelu", "Softmax", "Mul", "Add",
 )  # fmt: skip
 
 
@@ -93,6 +93,12 @@ def _region(file: _File, name: str, writes_floats: bool) -> TapNames | None:
     if core.op_type == "Gather":
         rows = next((n for n in file.readers.get(core.output[0], []) if n.op_type == "DequantizeLinear"), None)
         return TapNames((core.input[1],), (core.output[0],), rows.output[0]) if rows is not None else None
+    if core.op_type == "MatMulNBits":
+        return TapNames((core.input[0],), (core.input[0],), core.output[0])
+    if core.op_type == "MatMulInteger":
+        source = file.producers[core.input[0]].input[0]
+        result = file.nodes.get(f"{name}/Add", file.nodes[f"{name}/Mul#2"]).output[0]
+        return TapNames((source,), (source,), result)
     quantizes = [q for q in map(file.quantized, core.input) if q is not None]
     result = file.nodes.get(f"{name}/Add", core).output[0]
     out = result if writes_floats else file.integers_behind(result)

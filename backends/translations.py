@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from qatgraph.operators import DEQUANTIZE, QUANTIZE, TRANSLATIONS, OnnxOp
+from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DYNAMICALLY, TRANSLATIONS, OnnxOp
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
@@ -25,7 +25,14 @@ def translations(opset: int) -> Table:
     def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
-    table: Table = {QUANTIZE: quantize, DEQUANTIZE: dequantize}
+    def round_dynamically(x: Any) -> Any:
+        return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
+
+    def dequantize_blocks(q: Any, scale: Any, block: int) -> Any:
+        return op.DequantizeLinear(q, scale, axis=1, block_size=block)
+
+    table: Table = {QUANTIZE: quantize, DEQUANTIZE: dequantize, ROUND_DYNAMICALLY: round_dynamically,
+                    DEQUANTIZE_BLOCKS: dequantize_blocks}  # fmt: skip
     if opset >= 23:
         table[torch.ops.aten.scaled_dot_product_attention.default] = _attention(op)
     for overload, form in TRANSLATIONS.items():

@@ -12,6 +12,8 @@ from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage
 from qatgraph.planning.plan import Plan, Quantizer
+from qatgraph.quantizers.blocks import BlockFakeQuantize
+from qatgraph.quantizers.dynamic import DynamicFakeQuantize
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
@@ -52,7 +54,11 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
     module: FakeQuantize
     if first.role == "weight":
         weight, axis = value_of(dict(arguments(nodes[first.node]))["weight"]), quantizer.spec.axis
-        module = WeightFakeQuantize(quantizer.spec, None if axis is None else weight.shape[axis])
+        channels = None if axis is None else weight.shape[axis]
+        in_blocks = quantizer.spec.block is not None
+        module = BlockFakeQuantize(quantizer.spec) if in_blocks else WeightFakeQuantize(quantizer.spec, channels)
+    elif quantizer.spec.scale is ScaleRule.DYNAMIC:
+        module = DynamicFakeQuantize(quantizer.spec)
     else:
         bounds = [b for p in quantizer.ports if p.role == "out" and (b := _bound(nodes[p.node])) is not None]
         module = ActivationFakeQuantize(quantizer.spec, quantizer.observer, min(bounds, default=None))

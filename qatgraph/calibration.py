@@ -36,7 +36,8 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
         What is odd about the grids, in sentences: see ``quantizers.findings``.
 
     Raises:
-        TrainError: QG701 no batch, QG702 NaN or infinity in an activation.
+        TrainError: QG701 no batch, where a grid needs one: those that are found at run time, and those of weights, do
+            not. QG702 NaN or infinity in an activation.
         CaptureError: QG110 a batch does not fit the captured model.
     """
     graph = Graph.prepared(qat)
@@ -48,7 +49,7 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
             graph.check_batch(batch, f"calibration batch {count}")
             graph.run(batch)
             count += 1
-        if count == 0:
+        if count == 0 and activations:
             raise TrainError(
                 "QG701", "there is no batch to calibrate on", where="calibrate", why="the iterable is empty or used up",
                 todo="give at least one batch; a generator can be used only once",

@@ -14,8 +14,10 @@ from qatgraph.ir.masks import Weight, masked, weight_of
 from qatgraph.ir.meta import record
 from qatgraph.ir.names import attribute_path, quantizer_name
 from qatgraph.ir.stages import Stage, verify_structure
-from qatgraph.operators import DEQUANTIZE, QUANTIZE
+from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DYNAMICALLY
 from qatgraph.planning.plan import Plan
+from qatgraph.quantizers.blocks import BlockFakeQuantize
+from qatgraph.quantizers.dynamic import DynamicFakeQuantize
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.quantizers.grids import STORAGE
 from qatgraph.regions import behind_padding
@@ -48,6 +50,10 @@ def convert(prepared: Graph) -> Graph:
                 _activation(node, module, edit)
             elif isinstance(module, WeightFakeQuantize):
                 (_table if len(node.args) > 1 else _weight)(node, module, edit)
+            elif isinstance(module, BlockFakeQuantize):
+                _blocks(node, module, edit)
+            elif isinstance(module, DynamicFakeQuantize):
+                edit.bypass(node, edit.custom(ROUND_DYNAMICALLY, *node.args, at=node, near=node, kind="quantize"))
     plan: Plan = graph.info.plan
     _biases([p.node for p in plan.placements if p.bias == "int32"], graph, edit)
     _masks(edit)
@@ -111,6 +117,15 @@ def _weight(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
     _dequantize(node, list(node.users), q, scale, zero, module.spec.axis or 0, edit)
 
 
+def _blocks(node: fx.Node, module: BlockFakeQuantize, edit: Edit) -> None:
+    """One dequantize a user, as in ``_dequantize``."""
+    q, scale, _ = _integer_weight(node, _weight_behind(node.args[0]), module, edit)
+    for user in list(node.users):
+        parts = (q, scale, module.spec.block)
+        user.replace_input_with(node, edit.custom(DEQUANTIZE_BLOCKS, *parts, at=user, near=user, kind="dequantize"))
+    edit.erase(node)
+
+
 def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
     """``fake_quantize(embedding(table), table)`` -> ``dequantize(embedding(int8 table))``."""
     lookup, source = node.args
@@ -123,7 +138,7 @@ def _table(node: fx.Node, module: WeightFakeQuantize, edit: Edit) -> None:
 
 
 def _integer_weight(
-    at: fx.Node, source: Weight, module: WeightFakeQuantize, edit: Edit
+    at: fx.Node, source: Weight, module: WeightFakeQuantize | BlockFakeQuantize, edit: Edit
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     path, weight = source.path, source.tensor
     if not bool(torch.isfinite(weight).all()):

@@ -11,6 +11,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from qatgraph.errors import PassError
 from qatgraph.ops import OpKind, add_kind
+from qatgraph.quantizers.blocks import in_blocks, out_of_blocks
+from qatgraph.quantizers.dynamic import round_dynamically
 from qatgraph.quantizers.grids import channel_shape, quantize
 
 
@@ -38,8 +40,32 @@ def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int)
     return torch.empty_like(q, dtype=torch.float32)
 
 
+@torch.library.custom_op("qatgraph::round_dynamically", mutates_args=())
+def dynamic_quantize_linear(x: torch.Tensor) -> torch.Tensor:
+    """float32 -> the float32 that its integers stand for, on the grid that DynamicQuantizeLinear finds for it."""
+    return round_dynamically(x)
+
+
+@dynamic_quantize_linear.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qatgraph::dequantize_blocks", mutates_args=())
+def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """Integers ``[N, K]`` -> ``q * scale`` in float32; ``scale [N, ceil(K / block)]``."""
+    return out_of_blocks(in_blocks(q.float(), block) * scale.unsqueeze(-1), q.shape[1]).contiguous()
+
+
+@dequantize_blocks.register_fake
+def _(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
 QUANTIZE = torch.ops.qatgraph.quantize.default
 DEQUANTIZE = torch.ops.qatgraph.dequantize.default
+ROUND_DYNAMICALLY = torch.ops.qatgraph.round_dynamically.default
+DEQUANTIZE_BLOCKS = torch.ops.qatgraph.dequantize_blocks.default
 
 
 @dataclass(frozen=True, init=False)

@@ -21,8 +21,9 @@ class RegionTap:
     """What the engine read and wrote at one region, for one batch.
 
     Of each activation that it reads, ``borders`` holds the float tensor in front of the quantize and ``integers`` what
-    it became (for a table: the indices and the looked-up integers). There is no border behind a kernel that writes
-    integers. ``out`` is the result: float, bias included, or the integers that the kernel writes.
+    it became (for a table: the indices and the looked-up integers; a kernel that reads floats has them in both places).
+    There is no border behind a kernel that writes integers. ``out`` is the result: float, bias included, or the
+    integers that the kernel writes.
     """
 
     node: str
@@ -35,13 +36,14 @@ class RegionTap:
 class RegionParity:
     """``float_rel``: of a float result, the largest difference over the largest value. ``steps`` and ``off``: of the
     integers in front; ``out_steps`` and ``out_off``: of those that the kernel writes, which may differ by ``allowed``.
-    ``first``: the first value that is beyond that.
+    ``beyond``: the float sums that are farther off than float32 can be. ``first``: the first value that is beyond that.
     """
 
     node: str
     allowed: int = 0
     elements: int = 0
     float_rel: float = 0.0
+    beyond: int = 0
     integers: int = 0
     steps: int = 0
     off: int = 0
@@ -56,6 +58,11 @@ class RegionParity:
             return self.misfit
         if not self.float_rel <= FLOAT_LIMIT:
             return f"float outputs differ by {self.float_rel:.3g} of the largest value (limit {FLOAT_LIMIT:g})"
+        if self.beyond:
+            return (
+                f"{self.beyond} of {self.elements} float sums are farther off than float32 is in any order; "
+                f"first {self.first}"
+            )
         if self.off:
             return f"{self.off} of {self.integers} integers differ, by up to {self.steps} steps; first {self.first}"
         if self.out_steps > self.allowed:
@@ -73,7 +80,8 @@ class RegionParity:
             self.off += int((steps > 0).sum())
             self.first = self.first or _first(have, want, steps > 0)
 
-    def compare_result(self, have: Array, want: Array) -> None:
+    def compare_result(self, have: Array, want: Array, slack: Array | None = None) -> None:
+        """``slack``: how far each float may be off, where the kernel adds floats."""
         if not self._fits(have, want, "outputs"):
             return
         self.elements += want.size
@@ -82,6 +90,11 @@ class RegionParity:
             self.out_steps = max(self.out_steps, int(steps.max(initial=0)))
             self.out_off += int((steps > 0).sum())
             self.first = self.first or _first(have, want, steps > self.allowed)
+            return
+        if slack is not None:
+            wrong = ~(np.abs(have.astype(np.float64) - want) <= slack)
+            self.beyond += int(wrong.sum())
+            self.first = self.first or _first(have, want, wrong)
             return
         top = float(np.abs(want).max(initial=0.0)) or 1.0
         difference = float(np.abs(want - have).max(initial=0.0)) / top
@@ -143,9 +156,10 @@ def compare_regions(
     for tap in taps:
         parity = found.setdefault(tap.node, RegionParity(tap.node, allowed[tap.node]))
         region = Region.of(qdq, nodes[tap.node], without_vnni=without_vnni, quantize=quantize)
-        for border, integers, step in zip(tap.borders, tap.integers, region.quantize_steps(), strict=True):
+        steps = region.quantize_steps()
+        for border, integers, step in zip(tap.borders, tap.integers, steps, strict=not region.reads_floats):
             if border is not None and not parity.misfit:
                 parity.compare_inputs(integers, step(border))
         if not parity.misfit:
-            parity.compare_result(tap.out, region.result()(*tap.integers))
+            parity.compare_result(tap.out, region.result()(*tap.integers), region.slack(*tap.integers))
     return found

@@ -13,7 +13,7 @@ from torch import fx
 from qatgraph import reference
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.meta import has_record, record, value_of
-from qatgraph.operators import DEQUANTIZE, QUANTIZE
+from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DYNAMICALLY
 from qatgraph.reference import Array, Grid
 from qatgraph.rewriting.matcher import attribute
 
@@ -25,8 +25,8 @@ Quantize = Callable[..., Array]  # of values, scale and zero point
 class Region:
     """One planned node with its grids, in the graph of the stage qdq.
 
-    ``inputs`` are the dequantizes in front of its activations, ``out`` the quantize that its kernel does too, if it
-    writes integers. ``quantize`` is how the engine makes integers of floats.
+    ``inputs`` are the dequantizes in front of its activations, or what rounds one to a grid of its own, ``out`` the
+    quantize that its kernel does too, if it writes integers. ``quantize`` is how the engine makes integers of floats.
     ``without_vnni``: as x86 with AVX2 and no VNNI computes it, where pair sums saturate.
     """
 
@@ -41,9 +41,8 @@ class Region:
     def of(
         cls, qdq: Graph, node: fx.Node, *, without_vnni: bool = False, quantize: Quantize = reference.quantize
     ) -> Region:
-        found = [
-            b for _, a in arguments(node) if isinstance(a, fx.Node) and (b := behind_padding(a)).target is DEQUANTIZE
-        ]
+        read = [behind_padding(a) for _, a in arguments(node) if isinstance(a, fx.Node)]
+        found = [b for b in read if b.target in (DEQUANTIZE, ROUND_DYNAMICALLY)]
         inputs = [a for a in found if not isinstance(a.args[0], fx.Node) or a.args[0].op != "get_attr"]
         prediction = qdq.info.plan.prediction(record(node).name)
         out = None if prediction.requant == "float-result" else _quantize_behind(node)
@@ -56,8 +55,39 @@ class Region:
             return _in_float(self)
         return RESULTS[record(self.node).kind](self)
 
+    @property
+    def reads_floats(self) -> bool:
+        """Whether the kernel reads the float border itself: it finds a grid for it, or only its weight is integers."""
+        return self.in_blocks or any(n.target is ROUND_DYNAMICALLY for n in self.inputs)
+
+    def quantized(self, x: Array) -> tuple[Array, Grid]:
+        """The integers that a kernel makes of its one activation, and their grid."""
+        if self.reads_floats:
+            return reference.dynamic_quantize(x)
+        (grid,) = self.grids
+        return reference.quantize(x, grid.scale, grid.zero_point), grid
+
+    @property
+    def in_blocks(self) -> bool:
+        weight = dict(arguments(self.node)).get("weight")
+        return weight is not None and weight.target is DEQUANTIZE_BLOCKS
+
+    @property
+    def block(self) -> int:
+        """How many neighbours along K share a scale."""
+        return int(dict(arguments(self.node))["weight"].args[2])
+
+    def slack(self, x: Array, *others: Array) -> Array | None:
+        """How far a sum of floats may be from ``result``; None where the sums are of integers."""
+        if not self.in_blocks:
+            return None
+        weight, scale = self.weight
+        return reference.sum_slack(x, weight, scale, self.block, self.bias)
+
     def quantize_steps(self) -> list[Result]:
         """What each quantize in front makes of the float border: for a table, what it holds at the indices."""
+        if self.reads_floats:
+            return []
         if record(self.node).kind == "embedding":
             table = self.constant(self.node.args[0])
             return [lambda indices: table[indices]]
@@ -66,7 +96,9 @@ class Region:
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
-        """The quantizes in front of its activations."""
+        """What makes of a float border what the kernel reads: quantizes in front, or the region's own first node."""
+        if self.reads_floats:
+            return self.inputs or (self.node,)
         return tuple(_source(n) for n in self.inputs)
 
     @property
@@ -129,13 +161,13 @@ class Region:
 
     @property
     def constants(self) -> dict[str, tuple[Array, ...]]:
-        """Of an int8 product, by role, the integers and scales that a file has to hold."""
-        if not self.inputs:
-            return {}
-        found: dict[str, tuple[Array, ...]] = {"x": (self.grids[0].scale, self.grids[0].zero_point)}
+        """Of a product of integers, by role, the integers and scales that a file has to hold."""
+        found: dict[str, tuple[Array, ...]] = {}
+        if self.inputs and not self.reads_floats:
+            found["x"] = (self.grids[0].scale, self.grids[0].zero_point)
         for role in ("weight", "bias"):
             node = dict(arguments(self.node)).get(role)
-            if node is not None and node.target is DEQUANTIZE:
+            if node is not None and node.target in (DEQUANTIZE, DEQUANTIZE_BLOCKS):
                 found[role] = (self.constant(node.args[0]), self.constant(node.args[1]))
         return found
 
@@ -182,8 +214,13 @@ def _quantize_behind(node: fx.Node) -> fx.Node | None:
 
 
 def _linear(r: Region) -> Result:
-    (grid,), (weight, scale), bias = r.grids, r.weight, r.bias
+    (weight, scale), bias = r.weight, r.bias
+    if r.in_blocks:
+        return lambda x: reference.linear_in_blocks(x, weight, scale, r.block, bias)
     add = reference.accumulate_pair16 if r.without_vnni else reference.accumulate
+    if r.reads_floats:
+        return lambda x: reference.linear_dynamic(x, weight, scale, bias, accumulator=add)
+    (grid,) = r.grids
     if r.out is None:
         return _float_linear(r)
     out = r.out_grid

@@ -296,10 +296,7 @@ class _Counter:
         operands: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
     ) -> None:
         self.region, self.floats, self.operands = region, floats, operands
-        self.weight, scale = region.weight
-        (self.grid,), self.windows = region.grids, region.windows
-        unit = torch.from_numpy(np.asarray(self.grid.scale * scale))
-        self.unit = unit.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.windows else unit
+        (self.weight, self.scale), self.windows = region.weight, region.windows
         self.seen, self.total = 0, 0.0
         self.pairs, self.outputs = np.zeros(len(self.weight)), np.zeros(len(self.weight))
         self.squares = dict.fromkeys(CURES, 0.0)
@@ -309,16 +306,14 @@ class _Counter:
         target, rest = self._target, args[2:]
         want = target(x, *self.floats, *rest)
         have = {cure: target(x, *operands, *rest) for cure, operands in self.operands.items()}
-        integers = self._integers(x)
-        lost = self._lost(integers)
+        integers, grid = self.region.quantized(x.numpy())
+        lost = self._lost(integers, grid)
         axes = tuple(i for i in range(lost.ndim) if i != (1 if self.windows else lost.ndim - 1))
         self.outputs += (lost != 0).mean(axes) * len(x)
-        self.pairs += reference.saturated_share(integers, int(self.grid.zero_point), self.weight, **self.windows) * len(
-            x
-        )
+        self.pairs += reference.saturated_share(integers, int(grid.zero_point), self.weight, **self.windows) * len(x)
         self.seen += len(x)
         self.total += float(want.double().square().sum())
-        have[NOTHING] = have[EXACT] + torch.from_numpy(lost) * self.unit
+        have[NOTHING] = have[EXACT] + torch.from_numpy(lost) * self._unit(grid)
         for cure, y in have.items():
             self.squares[cure] += float((y.double() - want).square().sum())
         return have[EXACT]
@@ -326,7 +321,8 @@ class _Counter:
     def saturated(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """The result on x86 without VNNI."""
         exact: torch.Tensor = self._target(x, *args)
-        return exact + torch.from_numpy(self._lost(self._integers(x))) * self.unit
+        integers, grid = self.region.quantized(x.numpy())
+        return exact + torch.from_numpy(self._lost(integers, grid)) * self._unit(grid)
 
     def layer(self) -> Layer:
         rows = reference.k_rows(self.weight, groups=self.windows.get("groups", 1))
@@ -347,12 +343,14 @@ class _Counter:
         target: Any = self.region.node.target
         return target  # type: ignore[no-any-return]
 
-    def _integers(self, x: torch.Tensor) -> Array:
-        return reference.quantize(x.numpy(), self.grid.scale, self.grid.zero_point)
+    def _unit(self, grid: reference.Grid) -> torch.Tensor:
+        """What one step of the accumulator stands for."""
+        unit = torch.from_numpy(np.asarray(grid.scale * self.scale))
+        return unit.reshape(-1, *[1] * (self.weight.ndim - 2)) if self.windows else unit
 
-    def _lost(self, integers: Array) -> Array:
+    def _lost(self, integers: Array, grid: reference.Grid) -> Array:
         """By how much saturation changes the accumulators, float32."""
-        zero = int(self.grid.zero_point)
+        zero = int(grid.zero_point)
         if self.windows:
             exact = reference.accumulate_conv(integers, zero, self.weight, **self.windows)
             wrong = reference.accumulate_conv_pair16(integers, zero, self.weight, **self.windows)

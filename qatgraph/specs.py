@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 OBSERVER_NAMES = ("minmax", "moving-average", "mse", "percentile", "entropy")
@@ -13,20 +13,21 @@ class DType(StrEnum):
     """Integer formats, with the closed range that a quantizer may use.
 
     ``S8`` stops at -127: a weight of -128 wraps a 16-bit product sum on 64-bit Arm, and a range
-    symmetric about zero needs no zero point.
+    symmetric about zero needs no zero point. So does ``S4``, at -7.
     """
 
     U8 = "u8"
     S8 = "s8"
+    S4 = "s4"
     S32 = "s32"
 
     @property
     def qmin(self) -> int:
-        return {"u8": 0, "s8": -127, "s32": -(2**31) + 1}[self.value]
+        return {"u8": 0, "s8": -127, "s4": -7, "s32": -(2**31) + 1}[self.value]
 
     @property
     def qmax(self) -> int:
-        return {"u8": 255, "s8": 127, "s32": 2**31 - 1}[self.value]
+        return {"u8": 255, "s8": 127, "s4": 7, "s32": 2**31 - 1}[self.value]
 
 
 class Scheme(StrEnum):
@@ -37,6 +38,7 @@ class Scheme(StrEnum):
 class Granularity(StrEnum):
     PER_TENSOR = "per-tensor"
     PER_CHANNEL = "per-channel"
+    PER_BLOCK = "per-block"
 
 
 class ScaleRule(StrEnum):
@@ -45,6 +47,7 @@ class ScaleRule(StrEnum):
     ``PAIR_SAFE``: no two neighbouring products along K overflow the 16-bit sums of VPMADDUBSW
     (Intel SDM vol. 2, x86 without VNNI): ``|q[2k]| + |q[2k+1]| <= 128`` for pairs of one sign.
     ``REDUCED_RANGE``: weights of 7 bits, ``|q| <= 63``, which cannot overflow them either.
+    ``DYNAMIC``: the grid is that of each tensor itself, found at run time, as ONNX DynamicQuantizeLinear finds it.
     ``DERIVED``: the product of the scales of the quantizers that it is derived from (int32 bias).
     """
 
@@ -52,6 +55,7 @@ class ScaleRule(StrEnum):
     POWER_OF_TWO = "power-of-two"
     PAIR_SAFE = "pair-safe"
     REDUCED_RANGE = "reduced-range"
+    DYNAMIC = "dynamic"
     DERIVED = "derived"
 
 
@@ -60,7 +64,8 @@ class QuantSpec:
     """The grid of one quantizer: ``q = clamp(round_half_even(x / s) + z, qmin, qmax)``.
 
     ``axis`` is the channel axis of the tensor as the *model* stores it (``[out, in]`` for a linear
-    weight), ``None`` when per tensor.
+    weight), ``None`` when per tensor. ``block``: so many neighbours along the last axis share a scale, when per block;
+    the last block of a row may be shorter.
     """
 
     dtype: DType
@@ -68,6 +73,7 @@ class QuantSpec:
     granularity: Granularity = Granularity.PER_TENSOR
     axis: int | None = None
     scale: ScaleRule = ScaleRule.FREE
+    block: int | None = None
 
     @property
     def qmin(self) -> int:
@@ -78,20 +84,21 @@ class QuantSpec:
         return self.dtype.qmax
 
     def __str__(self) -> str:
-        where = self.granularity.value if self.axis is None else f"{self.granularity.value}({self.axis})"
+        number = self.axis if self.block is None else self.block
+        where = self.granularity.value if number is None else f"{self.granularity.value}({number})"
         rule = "" if self.scale is ScaleRule.FREE else f" {self.scale.value}"
         return f"{self.dtype.value} {self.scheme.value} {where}{rule}"
 
     def meet(self, other: QuantSpec) -> QuantSpec | None:
-        """The one grid that satisfies both wants, or ``None``. A free scale yields to a bound one."""
-        if (self.dtype, self.scheme, self.granularity, self.axis) != (
-            other.dtype,
-            other.scheme,
-            other.granularity,
-            other.axis,
-        ):
+        """The one grid that satisfies both wants, or ``None``. A free scale yields to a bound one, but one that is
+        found at run time is another than one that is fixed."""
+        if replace(self, scale=other.scale) != other:
             return None
-        if self.scale is other.scale or other.scale is ScaleRule.FREE:
+        if self.scale is other.scale:
+            return self
+        if ScaleRule.DYNAMIC in (self.scale, other.scale):
+            return None
+        if other.scale is ScaleRule.FREE:
             return self
         return other if self.scale is ScaleRule.FREE else None
 
@@ -105,18 +112,22 @@ class QuantSpec:
         words = text.split()
         if len(words) not in (3, 4):
             raise ValueError(f"'{text}' is not a grid; write e.g. 'u8 affine per-tensor'")
-        name, bracket, axis = words[2].partition("(")
+        name, bracket, inside = words[2].partition("(")
         granularity = Granularity(name)
-        if bool(bracket) != axis.endswith(")") or bool(bracket) != (granularity is Granularity.PER_CHANNEL):
-            raise ValueError(f"'{words[2]}' is neither 'per-tensor' nor 'per-channel(AXIS)'")
-        if axis.startswith("-"):
+        if bool(bracket) != inside.endswith(")") or bool(bracket) != (granularity is not Granularity.PER_TENSOR):
+            raise ValueError(f"'{words[2]}' is none of 'per-tensor', 'per-channel(AXIS)' and 'per-block(SIZE)'")
+        if inside.startswith("-"):
             raise ValueError(f"'{words[2]}' counts its axis from the end; count from 0 at the front")
+        number = int(inside.removesuffix(")")) if bracket else None
+        if granularity is Granularity.PER_BLOCK and not number:
+            raise ValueError(f"'{words[2]}': a block has at least one element")
         return cls(
             dtype=DType(words[0]),
             scheme=Scheme(words[1]),
             granularity=granularity,
-            axis=int(axis.removesuffix(")")) if bracket else None,
+            axis=number if granularity is Granularity.PER_CHANNEL else None,
             scale=ScaleRule(words[3]) if len(words) == 4 else ScaleRule.FREE,
+            block=number if granularity is Granularity.PER_BLOCK else None,
         )
 
 

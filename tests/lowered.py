@@ -17,10 +17,14 @@ import qatgraph as qg
 from qatgraph.backends import ort_cpu
 from qatgraph.conversion import convert
 from qatgraph.ir.graph import Batch, Graph, bind
+from qatgraph.ir.meta import record
+from qatgraph.kernels import compare_kernels, owner
+from qatgraph.parity import compare_regions
 from qatgraph.planning.plan import Plan
 from qatgraph.planning.recipe import Override, Recipe
-from qatgraph.proof import feed_of
+from qatgraph.proof import feed_of, other_constants
 from qatgraph.reference import Array
+from qatgraph.regions import Region
 from tests.models import ZOO, Case
 
 # beside the zoo as it is: an encoder whose word table is int8, and the prediction head of a model in float
@@ -86,6 +90,20 @@ def lowered(name: str) -> Lowered:
 
 def case_of(name: str) -> Case:
     return ZOO[RECIPES[name][0]]
+
+
+def faults(lowered: Lowered, batch: Batch) -> list[str]:
+    """What speaks against a file: its kernels, its constants and its regions, as ``prove`` compares them."""
+    plan, qdq = lowered.plan, convert(Graph.of(lowered.qat))
+    tapped, names = ort_cpu.tap(lowered.file, plan)
+    taps = [t for found, _ in ort_cpu.run_taps(tapped, names, [feed_of(qdq, batch)]) for t in found]
+    nodes = {record(n).name: n for n in qdq.nodes}
+    held = {owner(name): parts for name, parts in ort_cpu.product_constants(lowered.file).items()}
+    return [
+        *map(str, compare_kernels(plan, ort_cpu.audit(lowered.file))),
+        *(w for name, have in held.items() if (w := other_constants(have, Region.of(qdq, nodes[name]).constants))),
+        *(p.failure for p in compare_regions(qdq, taps).values() if p.failure),
+    ]
 
 
 def product_weights(file: bytes) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qatgraph.planning.choices import Choice, port_of
 from qatgraph.planning.constraints import Author, Constraint, Port
 from qatgraph.planning.facts import NodeFact
-from qatgraph.planning.grids import Grid, port_options, value_at
+from qatgraph.planning.grids import Grid, is_dynamic, port_options, value_at
 from qatgraph.planning.islands import settle
 from qatgraph.planning.partitions import borders_of, partitions_of, sizes_of
 from qatgraph.planning.plan import Alternative, Decision, Placement, Plan, Prediction, Quantizer
@@ -132,8 +132,8 @@ def _quantizers(
     asked = {p: s for c in int8 for _, p, s in port_options(c, solution.choices, solution.readers)}
     for grid in solution.grids:
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
-        weight = first.role == "weight"
-        observer = "" if weight else context.recipe.observer_of(first.node)
+        observed = first.role != "weight" and not is_dynamic(grid.options)
+        observer = "" if not observed else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
         decisions.append(_grid_decision(str(first), grid, solution, shared, asked))
     at = {p: q for q in reversed(quantizers) for p in q.ports}

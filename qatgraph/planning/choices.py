@@ -150,4 +150,5 @@ def _read_int8(value: str, choices: Choices, readers: Readers) -> bool:
 
 
 def _takes_integers(choice: Choice) -> bool:
-    return choice.row is not None and (bool(choice.row.x) or choice.row.needs == "before")
+    row = choice.row
+    return row is not None and ((bool(row.x) and not row.dynamic_x) or row.needs == "before")

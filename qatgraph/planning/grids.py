@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from qatgraph.planning.choices import Choice, Choices, Readers, port_of, tail
 from qatgraph.planning.constraints import Constraint, Port
-from qatgraph.planning.predict import weight_options
-from qatgraph.specs import QuantSpec
+from qatgraph.planning.predict import weight_options, x_options
+from qatgraph.specs import QuantSpec, ScaleRule
 
 
 @dataclass
@@ -24,7 +24,8 @@ def port_options(choice: Choice, choices: Choices, readers: Readers) -> list[tup
     """(value, port, grids by preference) of everything that an int8 node reads or writes."""
     row, fact = choice.row, choice.fact
     assert row is not None
-    found = [(*port_of(choice, role, value, choices), row.x) for role, value in fact.inputs if row.x]
+    specs = x_options(row, choice.wants)
+    found = [(*port_of(choice, role, value, choices), specs) for role, value in fact.inputs if specs]
     weight = fact.parameter("weight")
     if weight is not None and row.weight:
         found.append((weight.storage, Port(fact.name, "weight"), weight_options(row, choice.wants)))
@@ -49,7 +50,7 @@ def conflicts(choices: Choices, readers: Readers) -> dict[str, str]:
             continue
         own: dict[str, tuple[tuple[QuantSpec, ...], str]] = {}
         for value, port, specs in port_options(choice, choices, readers):
-            key = root(value)
+            key = _key(root(value), specs)
             have, first = own.get(key) or options.get(key) or (specs, str(port))
             common = meet(have, specs)
             if not common:
@@ -59,6 +60,15 @@ def conflicts(choices: Choices, readers: Readers) -> dict[str, str]:
         else:
             options |= own
     return failing
+
+
+def _key(value: str, specs: tuple[QuantSpec, ...]) -> str:
+    """A value has one grid for all who want a fixed one; who finds its grid at run time reads it in float."""
+    return f"{value}/dynamic" if is_dynamic(specs) else value
+
+
+def is_dynamic(specs: tuple[QuantSpec, ...]) -> bool:
+    return any(s.scale is ScaleRule.DYNAMIC for s in specs)
 
 
 def _moved(choices: Choices, readers: Readers) -> Callable[[str], str]:
@@ -103,7 +113,7 @@ def grids_of(choices: Choices, readers: Readers) -> list[Grid]:
         if not choice.int8:
             continue
         for value, port, specs in port_options(choice, choices, readers):
-            grid = grids.setdefault(root(value), Grid((value,), specs, ()))
+            grid = grids.setdefault(_key(root(value), specs), Grid((value,), specs, ()))
             grid.options = meet(grid.options, specs)
             grid.values = tuple(dict.fromkeys((*grid.values, value)))
             grid.ports = (*grid.ports, port)
@@ -122,7 +132,7 @@ def share(
     merged: dict[str, Grid] = {}
     unshared: list[tuple[Constraint, str]] = []
     for grid in grids:
-        key = groups.root(grid.values[0])
+        key = _key(groups.root(grid.values[0]), grid.options)
         have = merged.get(key)
         if have is None:
             merged[key] = grid

@@ -40,7 +40,7 @@ class Borders:
 def looks_up(choice: Choice) -> bool:
     """Whether the kernel picks integers of a constant, which become floats behind it."""
     row = choice.row
-    return row is not None and bool(row.weight) and not row.x and not row.out
+    return row is not None and bool(row.weight) and not (row.x or row.out or row.on_request)
 
 
 def reads_floats(value: str, borders: Borders, choices: Choices, readers: Readers) -> bool:
@@ -55,12 +55,12 @@ def borders_of(choices: Choices, readers: Readers) -> Borders:
     reads: dict[str, tuple[str, ...]] = {}
     writes: dict[str, str] = {}
     for name, choice in choices.items():
-        if not choice.int8 or choice.inside:
+        if choice.row is None or not choice.int8 or choice.inside:
             continue
         for value, port, _ in port_options(choice, choices, readers):
             if port.role == "out":
                 writes[tail(choice, choices, readers)] = name
-            elif port.role != "weight":
+            elif port.role != "weight" and not choice.row.dynamic_x:
                 reads[value] = (*reads.get(value, ()), name)
     return Borders(reads, writes)
 

@@ -16,6 +16,7 @@ UNASKED = "nobody asks"
 class Wants:
     """What recipe lines and passes ask of one node; ``float_only`` and ``int8_only`` exclude each other."""
 
+    x: tuple[QuantSpec, ...] = ()
     weight: tuple[QuantSpec, ...] = ()
     bias: str | None = None
     float_only: bool = False
@@ -51,6 +52,10 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         return (
             f"a {reader} reads the result, which the engine takes for a part of the kernel and then runs both in float"
         )
+    if row.on_request and not (wants.x if row.dynamic_x else wants.weight):
+        return f"{UNASKED} for {_list(row.x) if row.dynamic_x else _list(row.weight)}"
+    if row.placement == "int8" and wants.x and not x_options(row, wants):
+        return f"the row takes {f'x as {_list(row.x)}' if row.x else 'x in float'}, asked is {_list(wants.x)}"
     if row.placement != "int8":  # rows that say what the engine does with a form that somebody asked for
         if row.bias and wants.bias is None:
             return f"{UNASKED} for a bias as {' or '.join(row.bias)}"
@@ -79,11 +84,20 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
     return ""
 
 
+def x_options(row: Row, wants: Wants) -> tuple[QuantSpec, ...]:
+    """The grids of activations that both the row and the wants take, best first."""
+    return _common(row.x, wants.x)
+
+
 def weight_options(row: Row, wants: Wants) -> tuple[QuantSpec, ...]:
     """The weight grids that both the row and the wants take, best first."""
-    if not wants.weight:
-        return row.weight
-    return tuple(m for have in row.weight for want in wants.weight if (m := have.meet(want)) is not None)
+    return _common(row.weight, wants.weight)
+
+
+def _common(have: tuple[QuantSpec, ...], wanted: tuple[QuantSpec, ...]) -> tuple[QuantSpec, ...]:
+    if not wanted:
+        return have
+    return tuple(m for one in have for want in wanted if (m := one.meet(want)) is not None)
 
 
 def candidates(target: Target, fact: NodeFact, wants: Wants) -> list[tuple[Row, str]]:

@@ -15,7 +15,7 @@ from qatgraph.planning.constraints import RECIPE_GLOB, RECIPE_NAMED, Author, Con
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.target import BiasForm, Spec
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
-from qatgraph.specs import parse_observer
+from qatgraph.specs import QuantSpec, parse_observer
 
 
 def _observer(text: str) -> str:
@@ -31,6 +31,7 @@ class Override(UserModel):
 
     select: str
     place: Literal["float", "int8"] | None = None
+    x: Spec | None = None
     weight: Spec | None = None
     bias: BiasForm | None = None
     observer: Observer | None = None
@@ -63,9 +64,10 @@ class Recipe(UserModel):
                 if line.place is not None:
                     port = (Port(name, "out"),)
                     found.append(Constraint(line.place, port, author, why, strength=strength, line=i))
-                if line.weight is not None:
-                    port = (Port(name, "weight"),)
-                    found.append(Constraint("want", port, author, why, specs=(line.weight,), strength=strength, line=i))
+                for role, spec in (("x", line.x), ("weight", line.weight)):
+                    if spec is not None:
+                        port = (Port(name, role),)
+                        found.append(Constraint("want", port, author, why, specs=(spec,), strength=strength, line=i))
                 if line.bias is not None:
                     port = (Port(name, "bias"),)
                     found.append(Constraint("want", port, author, why, form=line.bias, strength=strength, line=i))
@@ -78,24 +80,42 @@ class Recipe(UserModel):
         return (named or lines)[-1].observer or self.observer if lines else self.observer
 
 
+LINEARS = "*:linear*"
+BUILTIN = {
+    r.name: r
+    for r in (
+        Recipe(),
+        Recipe(
+            name="int8-dynamic", override=(Override(select=LINEARS, x=QuantSpec.parse("u8 affine per-tensor dynamic")),)
+        ),
+        Recipe(
+            name="int8-weights", override=(Override(select="*", weight=QuantSpec.parse("s8 symmetric per-block(32)")),)
+        ),
+        Recipe(
+            name="int4-weights", override=(Override(select="*", weight=QuantSpec.parse("s4 symmetric per-block(32)")),)
+        ),
+    )
+}
+
+
 def load_recipe(source: str | Recipe) -> Recipe:
-    """``"int8"``, a TOML file, or a Recipe itself.
+    """The name of a recipe in ``BUILTIN``, a TOML file, or a Recipe itself.
 
     Raises:
         PlanError: QG302 unknown name or unreadable file, QG303 the file is not a valid recipe.
     """
     if isinstance(source, Recipe):
         return source
-    if source == "int8":
-        return Recipe()
+    if source in BUILTIN:
+        return BUILTIN[source]
     path = Path(source)
     if path.suffix != ".toml":
         raise PlanError(
             "QG302",
             f"there is no recipe '{source}'",
             where="recipe",
-            why="the built-in recipe is 'int8'",
-            todo="use 'int8' or the path of a TOML file",
+            why=f"built in are {', '.join(BUILTIN)}",
+            todo="use one of them or the path of a TOML file",
         )
     text = read_text(path, what="recipe", error=PlanError, code="QG302")
     return parse_toml(

@@ -17,6 +17,7 @@ from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.grids import Grid, conflicts, grids_of, share
 from qatgraph.planning.predict import Wants, candidates
 from qatgraph.planning.target import Target
+from qatgraph.specs import QuantSpec
 
 ABSENT_WHY = {
     "constant": "'{}' depends on no input of the model: it is computed once, in float, and no kernel is left of it",
@@ -66,12 +67,18 @@ def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Cho
     if held and int8s and int8s[0].strength == held.strength:
         raise _conflict(fact, held, int8s[0])
     wants = Wants(
-        weight=next((c.specs for c in constraints if c.kind == "want" and c.specs), ()),
+        x=_grids(constraints, "x"),
+        weight=_grids(constraints, "weight"),
         bias=next((c.form for c in constraints if c.kind == "want" and c.form), None),
         float_only=held is not None,
     )
     asked = [c for c in constraints if c.kind == "want"]
     return Choice(fact, wants, [] if fact.absent else candidates(target, fact, wants), held, int8s, asked)
+
+
+def _grids(constraints: list[Constraint], role: str) -> tuple[QuantSpec, ...]:
+    """The grids that the strongest wish for this port names."""
+    return next((c.specs for c in constraints if c.kind == "want" and c.specs and c.ports[0].role == role), ())
 
 
 def _keep_or_refuse(choice: Choice, target: Target) -> None:

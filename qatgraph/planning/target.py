@@ -91,6 +91,16 @@ class Row(UserModel):
     source: str = ""
 
     @property
+    def on_request(self) -> bool:
+        """Whether it is about another computation than fixed 8-bit grids: only who asks for such a grid gets it."""
+        return self.dynamic_x or any(s.block is not None for s in self.weight)
+
+    @property
+    def dynamic_x(self) -> bool:
+        """Whether the kernel reads floats, and finds their grid at run time."""
+        return any(s.scale is ScaleRule.DYNAMIC for s in self.x)
+
+    @property
     def moves(self) -> bool:
         """Whether the input and the result lie on one grid."""
         return self.placement == "int8" and self.requant == "moved"
@@ -127,6 +137,11 @@ def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     """Why a grid cannot be trained at this place; empty if it can."""
     if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
         return "that is the grid of a bias: bias = ['int32']"
+    if spec.scale is ScaleRule.DYNAMIC:
+        fits = role == "x" and (spec.dtype, spec.scheme) == (DType.U8, Scheme.AFFINE)
+        return "" if fits else "a grid that is found at run time is x = 'u8 affine per-tensor dynamic'"
+    if spec.block is not None:
+        return _no_blocks(op, role, spec)
     if role != "weight":
         if spec.axis is not None:
             return "an activation has one scale: per-tensor"
@@ -139,6 +154,14 @@ def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     if spec.axis and set(op.split("|")) & set(LAYERS):
         return "scales on the input channels cannot leave the sum over them: per-channel(0)"
     return ""
+
+
+def _no_blocks(op: str, role: str, spec: QuantSpec) -> str:
+    if role != "weight" or op != "linear":
+        return "only the weight of a linear has blocks"
+    if spec.dtype not in (DType.S4, DType.S8) or spec.scheme is not Scheme.SYMMETRIC:
+        return "blocks are s4 or s8 symmetric"
+    return "" if spec.scale is ScaleRule.FREE else "the scale of a block is free"
 
 
 class Target(UserModel):

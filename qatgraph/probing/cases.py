@@ -10,22 +10,24 @@ import numpy as np
 
 from qatgraph import reference
 from qatgraph.planning.target import Row
-from qatgraph.reference import Array, dequantize
+from qatgraph.reference import Array, dequantize, dequantize_blocks
 from qatgraph.specs import DType
 
-STORAGE = {DType.U8: np.uint8, DType.S8: np.int8, DType.S32: np.int32}
+STORAGE = {DType.U8: np.uint8, DType.S8: np.int8, DType.S4: np.int8, DType.S32: np.int32}
 GONE = "no node of its own"  # the kernel of an operation of which the engine leaves nothing
 FEW = 16  # as many numbers are shown one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """How integers stand for numbers: ``(q - zero_point) * scale``, one float32 scale or one a channel of ``axis``."""
+    """How integers stand for numbers: ``(q - zero_point) * scale``, one float32 scale, one a channel of ``axis``, or
+    one for each ``block`` of neighbours along K, ``[N, blocks]``."""
 
     dtype: DType
     scale: Array
     zero_point: int = 0
     axis: int | None = None
+    block: int | None = None
 
     @property
     def zero(self) -> Array:
@@ -39,6 +41,7 @@ class Grid:
 
     def __str__(self) -> str:
         where = "" if self.axis is None else f" along axis {self.axis}"
+        where = where if self.block is None else f" in blocks of {self.block}"
         return f"scale {numbers(self.scale)}{where}, zero point {self.zero_point}"
 
 
@@ -52,6 +55,8 @@ class Operand:
     @property
     def real(self) -> Array:
         """The float32 numbers that they stand for."""
+        if self.grid.block is not None:
+            return dequantize_blocks(self.q, self.grid.scale, self.grid.block)
         return dequantize(self.q, self.grid.scale, self.grid.zero, axis=self.grid.axis or 0)
 
     def __str__(self) -> str:

@@ -97,6 +97,10 @@ def weight(draw: Draw, spec: QuantSpec, shape: Sequence[int], k_order: str = "ro
     q = integers(draw, (shape[0], *shape[2:], shape[1]) if channels else shape, spec.qmin, spec.qmax).astype(np.int32)
     if spec.scale is ScaleRule.PAIR_SAFE:
         tighten(q.reshape(len(q), -1))
+    if spec.block is not None:
+        blocks = (shape[0], -(-shape[1] // spec.block))
+        every = scales(draw, blocks[0] * blocks[1], spec.scale).reshape(blocks)
+        return Operand(q.astype(STORAGE[spec.dtype]), Grid(spec.dtype, every, block=spec.block))
     found = scale(draw, spec.scale) if spec.axis is None else scales(draw, shape[spec.axis], spec.scale)
     q = np.ascontiguousarray(np.moveaxis(q, -1, 1)) if channels else q
     return Operand(q.astype(STORAGE[spec.dtype]), Grid(spec.dtype, found, 0, spec.axis))

@@ -2,6 +2,7 @@
 
 from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
 from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, multiply_quantize, quantize, requantize
+from qatgraph.reference.linears import dequantize_blocks, linear_dynamic, linear_in_blocks, sum_slack
 from qatgraph.reference.pooling import average_pool, global_average_pool, max_pool
 from qatgraph.reference.products import (
     accumulate,
@@ -36,12 +37,15 @@ __all__ = [
     "conv",
     "conv_float",
     "dequantize",
+    "dequantize_blocks",
     "dynamic_quantize",
     "gemm",
     "global_average_pool",
     "k_rows",
     "leaky_relu",
     "linear",
+    "linear_dynamic",
+    "linear_in_blocks",
     "matmul",
     "matmul_float",
     "matmul_integer",
@@ -51,6 +55,7 @@ __all__ = [
     "quantize",
     "requantize",
     "saturated_share",
+    "sum_slack",
     "sigmoid",
     "softmax",
     "worst_pair",
