@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -43,6 +44,7 @@ def found(lowered: Lowered) -> list[str]:
 # ---------------------------------------------------------------- the quantizer
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(SPECS, st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**16))
 def test_every_weight_is_within_half_a_step_of_its_block(spec: QuantSpec, n: int, k: int, seed: int) -> None:
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
@@ -82,8 +84,8 @@ def test_specs_say_their_block() -> None:
 
 
 @pytest.mark.parametrize("grid", ["u8 affine per-block(32)", "s4 symmetric per-block(32) pair-safe"])
-def test_a_row_cannot_offer_blocks_that_no_quantizer_makes(grid: str, tmp_path: pytest.TempPathFactory) -> None:
-    file = tmp_path / "npu.toml"  # type: ignore[operator]
+def test_a_row_cannot_offer_blocks_that_no_quantizer_makes(grid: str, tmp_path: Path) -> None:
+    file = tmp_path / "npu.toml"
     file.write_text(
         'name = "npu"\ndescription = "x"\n[[row]]\nid = "a"\nop = "linear"\nplacement = "int8"\nkernel = "K"\n'
         f'why = "y"\nweight = ["{grid}"]\n'
@@ -109,11 +111,12 @@ def test_the_kernels_and_regions_are_those_planned(recipe: str) -> None:
 
 
 def test_a_planted_nibble_and_a_planted_scale_are_found() -> None:
-    for index, change in ((1, lambda a: a ^ np.uint8(1)), (2, lambda a: a * np.float32(1 + 2**-20))):
+    for index in (1, 2):
         proto = encoder().proto
         node = next(n for n in proto.graph.node if n.op_type == "MatMulNBits")
-        array = read(proto, node.input[index]).copy()
-        array.reshape(-1)[0] = change(array.reshape(-1)[0])
+        array = read(proto, node.input[index])
+        first = array.reshape(-1)
+        first[0] = first[0] ^ 1 if index == 1 else first[0] * (1 + 2**-20)
         write(proto, node.input[index], array)
         assert "its weight" in found(encoder().changed(proto))
 
