@@ -7,9 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import qatgraph as qg
 from qatgraph import reference
@@ -23,6 +22,7 @@ from qatgraph.planning.plan import Plan
 from qatgraph.planning.recipe import Override, Recipe, load_recipe
 from qatgraph.proof import feed_of, prove
 from qatgraph.quantizers.dynamic import DynamicFakeQuantize, dynamic_grid, round_dynamically
+from qatgraph.report.machine import has_vnni
 from qatgraph.specs import QuantSpec
 from tests.lowered import Lowered, faults, lower, read, write
 from tests.models import ZOO, captured
@@ -44,12 +44,12 @@ def found(lowered: Lowered) -> list[str]:
 # ---------------------------------------------------------------- the grid
 
 
-@given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=3), elements=st.floats(-1e6, 1e6, width=32)))
-def test_fake_quantizer_and_reference_find_the_same_grid(x: np.ndarray) -> None:
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.floats(-30, 30), st.floats(-4, 4), st.integers(0, 2**16))
+def test_fake_quantizer_and_reference_find_the_same_grid(size: int, power: float, shift: float, seed: int) -> None:
+    x = ((np.random.default_rng(seed).normal(size=size) + shift) * 10.0**power).astype(np.float32)
     scale, zero = dynamic_grid(torch.from_numpy(x))
     q, grid = reference.dynamic_quantize(x)
-    if float(grid.scale) < np.finfo(np.float32).tiny:
-        return  # torch may take a denormal for zero
     assert scale.numpy().tobytes() == grid.scale.astype(np.float32).tobytes()
     assert int(zero) == int(grid.zero_point)
     rounded = round_dynamically(torch.from_numpy(x)).numpy()
@@ -142,14 +142,8 @@ def test_pair_safe_weights_are_exact_without_vnni_and_the_full_range_is_not() ->
         )
         np.testing.assert_array_equal(haswell, saturated)
         assert np.array_equal(haswell, want) is exact
-        if report_vnni():
+        if has_vnni():
             np.testing.assert_array_equal(native, want)
-
-
-def report_vnni() -> bool:
-    from qatgraph.report.machine import has_vnni
-
-    return has_vnni()
 
 
 def _product(weight: np.ndarray) -> bytes:
@@ -165,8 +159,7 @@ def _product(weight: np.ndarray) -> bytes:
     return file.bytes([(result, TensorProto.FLOAT)], 21, typed=False)
 
 
-def test_the_reference_of_a_region_saturates_where_the_cpu_does() -> None:
-    """Taps of this machine agree with the exact reference; a region whose weight was doubled in the graph does not."""
+def test_a_planted_scale_in_the_graph_is_found_in_every_region() -> None:
     tapped, names = ort_cpu.tap(encoder().file, encoder().plan)
     qdq = convert(Graph.of(encoder().qat))
     feeds = [feed_of(qdq, ZOO["encoder"].inputs(5))]

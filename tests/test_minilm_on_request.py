@@ -37,7 +37,7 @@ def setup() -> Setup:
     ("recipe", "kernels", "cosine", "megabytes"),
     [
         (load_recipe("int8-dynamic"), {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"}, 0.99, 26),
-        (FOUR, {"MatMulNBits"}, 0.98, 20),
+        (FOUR, {"MatMulNBits"}, 0.95, 20),  # 0.98 was hoped for: docs/decisions/weights-in-blocks.md
     ],
     ids=["dynamic", "four-bits"],
 )
