@@ -107,12 +107,12 @@ def test_another_weight_in_the_file_is_found_in_its_region(region: str) -> None:
 def test_a_product_that_runs_in_float_is_a_broken_prediction() -> None:
     """Of a quantize that is gone the engine cannot know; the plan still promises a kernel."""
     proto = made().proto
-    conv = next(n for n in proto.graph.node if n.name == "left:conv2d/Conv")
+    conv = next(n for n in proto.graph.node if n.name == "stem:conv2d/Conv")
     dequantize = next(n for n in proto.graph.node if conv.input[0] in n.output)
     quantize = next(n for n in proto.graph.node if dequantize.input[0] in n.output)
     conv.input[0] = quantize.input[0]
     broken = compare_kernels(made().plan, openvino_cpu.audit(proto.SerializeToString()))
-    assert "left:conv2d" in {m.node for m in broken}
+    assert "stem:conv2d" in {m.node for m in broken}
 
 
 def test_the_plan_of_one_target_is_refused_for_the_file_of_another() -> None:
