@@ -9,13 +9,14 @@ import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import qatgraph as qg
 from qatgraph.backends import ort_cpu
 from qatgraph.kernels import KernelNode, compare_borders
 from qatgraph.planning.partitions import Edge, convex_groups, is_convex
 from tests.lowered import lower
-from tests.models import MODELS, captured
+from tests.models import MODELS, Case, captured, floats
 
 Drawn = tuple[list[Edge], dict[str, str]]
 
@@ -111,3 +112,10 @@ def test_the_engine_runs_so_many_quantizes_and_dequantizes_as_the_plan_says(mode
 def test_a_partition_is_as_large_as_a_chain() -> None:
     chain = [f"n{i}" for i in range(50)]
     assert convex_groups(list(pairwise(chain)), [], dict.fromkeys(chain, "int8")) == [tuple(chain)]
+
+
+def test_integers_pass_a_dropout_which_is_gone_when_the_engine_runs() -> None:
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 10))
+    found = lower(Case(lambda: nn.Sequential(*layers).eval(), lambda seed: floats(2, 3, 8, 8, seed=seed)))
+    assert [v for p in found.plan.partitions for v in p.quantizes + p.dequantizes] == ["input_1"]
+    assert compare_borders(found.plan, ort_cpu.audit(found.file)) == ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from qatgraph.ops import keeps_grid
 from qatgraph.planning.choices import Choice, Choices, Readers, tail
 from qatgraph.planning.cost import Cost
 from qatgraph.planning.facts import NodeFact
@@ -45,10 +46,19 @@ def looks_up(choice: Choice) -> bool:
 
 def reads_floats(value: str, borders: Borders, choices: Choices, readers: Readers) -> bool:
     """Whether something reads the value as floats: a float operation, or whoever runs the model."""
-    integers = borders.reads.get(value, ())
-    inside = [n for n in readers.get(value, ()) if choices[n].inside and choices[n].int8]
-    others = set(readers.get(value, ())) - set(integers) - set(inside)
-    return bool(others) or "output" in choices[value].fact.readers
+    return "output" in choices[value].fact.readers or any(
+        not choices[n].int8
+        and not (keeps_grid(choices[n].fact.kind) and not reads_floats(n, borders, choices, readers))
+        for n in readers.get(value, ())
+    )
+
+
+def _source(value: str, writes: dict[str, str], choices: Choices) -> str:
+    """The value that a kernel writes as integers in front of what only moves them, such as a dropout, or itself."""
+    found = value
+    while found not in writes and found in choices and keeps_grid(choices[found].fact.kind):
+        found = choices[found].fact.inputs[0][1]
+    return found if found in writes else value
 
 
 def borders_of(choices: Choices, readers: Readers) -> Borders:
@@ -62,7 +72,11 @@ def borders_of(choices: Choices, readers: Readers) -> Borders:
                 writes[tail(choice, choices, readers)] = name
             elif port.role != "weight" and not choice.row.dynamic_x:
                 reads[value] = (*reads.get(value, ()), name)
-    return Borders(reads, writes)
+    through: dict[str, tuple[str, ...]] = {}
+    for value, names in reads.items():
+        source = _source(value, writes, choices)
+        through[source] = (*through.get(source, ()), *names)
+    return Borders(through, writes)
 
 
 def sizes_of(facts: Iterable[NodeFact]) -> dict[str, int]:
