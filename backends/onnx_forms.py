@@ -80,8 +80,15 @@ def _as_max(model: Any, nodes: list[Any], bias: str) -> None:
 
 
 def _as_global_pool(model: Any, nodes: list[Any], bias: str) -> None:
-    """The mean over the image -> GlobalAveragePool."""
+    """The mean over the image -> GlobalAveragePool.
+
+    Where channels lie last in memory, the exporter also writes how the result lies there: that goes.
+    """
+    import onnx_ir as ir
+
     mean = _the(nodes, "ReduceMean")
+    if nodes[-1] is not mean:
+        ir.convenience.replace_all_uses_with(nodes[-1].outputs[0], mean.outputs[0], replace_graph_outputs=True)
     mean.op_type, mean.name = "GlobalAveragePool", mean.name.removesuffix("/ReduceMean") + "/GlobalAveragePool"
     mean.resize_inputs(1)
     mean.attributes.clear()

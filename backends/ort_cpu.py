@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qatgraph.backends import emulation, ort_taps
+from qatgraph import borders
+from qatgraph.backends import emulation, ort_borders, ort_taps
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
@@ -21,7 +22,7 @@ from qatgraph.parity import RegionTap
 from qatgraph.planning.plan import Plan
 from qatgraph.planning.target import Target
 from qatgraph.probing.cases import Engine
-from qatgraph.reference import Array
+from qatgraph.reference import Array, Grid
 from qatgraph.report.machine import check_cpu
 
 REQUIRES = "qatgraph.requires"  # in the metadata of a file
@@ -48,6 +49,7 @@ def lower(graph: Graph, plan: Plan) -> bytes:
     metadata = {"qatgraph.plan": plan.hash(), "qatgraph.target": plan.target}
     if plan.requires:
         metadata[REQUIRES] = plan.requires
+    metadata |= ort_borders.metadata(borders.output_grids(graph))
     return to_onnx(graph, plan, plan.opset, metadata)
 
 
@@ -269,8 +271,16 @@ def stamps(model: bytes) -> tuple[str, str]:
     return str(props.get("qatgraph.plan", "")), str(props.get(REQUIRES, ""))
 
 
-def interface(model: bytes) -> tuple[list[str], list[str]]:
-    """The names of the file's inputs and outputs."""
+def interface(model: bytes) -> tuple[dict[str, str], dict[str, str]]:
+    """The types of the file's inputs and outputs by name."""
+    return ort_borders.interface(_parse(model).graph)
 
-    graph = _parse(model).graph
-    return [v.name for v in graph.input], [v.name for v in graph.output]
+
+def output_grids(model: bytes) -> dict[str, Grid]:
+    """The grids of integer outputs, as the file's metadata states them."""
+    return ort_borders.output_grids(_parse(model))
+
+
+def border_conversions(model: bytes) -> list[str]:
+    """What the engine converts from integers to integers at the borders of the file."""
+    return ort_borders.conversions(optimized_graph(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from qatgraph.ir.graph import Graph, arguments, set_argument
@@ -12,7 +13,12 @@ from qatgraph.ir.meta import record, value_of
 from qatgraph.ir.names import attribute_path
 from qatgraph.ir.stages import Stage
 from qatgraph.planning.plan import Plan, Quantizer
-from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.fake_quantize import (
+    ActivationFakeQuantize,
+    FakeQuantize,
+    FixedFakeQuantize,
+    WeightFakeQuantize,
+)
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
 from qatgraph.rewriting.passes import GraphPass, same
@@ -53,6 +59,8 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
     if first.role == "weight":
         weight, axis = value_of(dict(arguments(nodes[first.node]))["weight"]), quantizer.spec.axis
         module = WeightFakeQuantize(quantizer.spec, None if axis is None else weight.shape[axis])
+    elif quantizer.spec.scale is ScaleRule.FIXED:
+        module = FixedFakeQuantize(quantizer.spec, *_integers(quantizer, nodes))
     else:
         bounds = [b for p in quantizer.ports if p.role == "out" and (b := _bound(nodes[p.node])) is not None]
         module = ActivationFakeQuantize(quantizer.spec, quantizer.observer, min(bounds, default=None))
@@ -66,6 +74,12 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
             _on_result(node, path, module, edit, dict(arguments(node))["weight"])
         else:
             _on_argument(node, port.role, path, module, edit)
+
+
+def _integers(quantizer: Quantizer, nodes: dict[str, fx.Node]) -> list[torch.Tensor]:
+    """Scale and zero point of the integer input whose grid it is."""
+    source = next(nodes[p.node] for p in quantizer.ports if record(nodes[p.node]).kind == "dequantize")
+    return [value_of(source.args[i]) for i in (1, 2)]  # type: ignore[arg-type]
 
 
 def _bound(node: fx.Node) -> float | None:

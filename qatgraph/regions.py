@@ -52,12 +52,11 @@ class Region:
         if record(self.node).kind == "embedding":
             table = self.constant(self.node.args[0])
             return [lambda indices: table[indices]]
-        grids = [self.grid(n) for n in self.quantizes]
-        return [partial(reference.quantize, scale=g.scale, zero_point=g.zero_point) for g in grids]
+        return [partial(reference.quantize, scale=g.scale, zero_point=g.zero_point) for g in self.grids]
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
-        """The quantizes in front of its activations."""
+        """What gives the integers in front of its activations: a quantize, or what the model takes."""
         return tuple(_source(n) for n in self.inputs)
 
     @property

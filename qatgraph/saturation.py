@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from qatgraph import fidelity, reference
+from qatgraph import borders, fidelity, reference
 from qatgraph.conversion import convert
 from qatgraph.errors import PlanError
 from qatgraph.ir.graph import Batch, Graph, arguments
@@ -235,7 +235,7 @@ def _observe(
     for i, batch in enumerate(batches):
         say(f"count saturating sums: batch {i + 1} of {len(batches)}")
         for cure in (PAIR_SAFE, SEVEN_BITS):
-            outputs[cure] += fidelity.outputs(graphs[cure].run, [batch])
+            outputs[cure].append(_run(graphs[cure], batch, {}))
         outputs[EXACT].append(_run(graphs[EXACT], batch, {n: c.count for n, c in counters.items()}))
         outputs[NOTHING].append(_run(graphs[EXACT], batch, {n: c.saturated for n, c in counters.items()}))
     return [c.layer() for c in counters.values()], outputs
@@ -244,7 +244,7 @@ def _observe(
 def _run(graph: Graph, batch: Batch, layers: Mapping[str, Callable[..., torch.Tensor]]) -> torch.Tensor:
     with torch.no_grad():
         results = _WithLayers(graph, layers).run(*graph.leaves(batch, "evaluation batch"), enable_io_processing=False)
-    return fidelity.first_output(results)
+    return fidelity.first_output(borders.in_float(results, graph.info.outputs, borders.output_grids(graph)))
 
 
 class _WithLayers(fx.Interpreter):

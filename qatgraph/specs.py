@@ -45,6 +45,7 @@ class ScaleRule(StrEnum):
     ``PAIR_SAFE``: no two neighbouring products along K overflow the 16-bit sums of VPMADDUBSW
     (Intel SDM vol. 2, x86 without VNNI): ``|q[2k]| + |q[2k+1]| <= 128`` for pairs of one sign.
     ``REDUCED_RANGE``: weights of 7 bits, ``|q| <= 63``, which cannot overflow them either.
+    ``FIXED``: that of an integer input, which the model itself says; nobody chooses it.
     ``DERIVED``: the product of the scales of the quantizers that it is derived from (int32 bias).
     """
 
@@ -52,6 +53,7 @@ class ScaleRule(StrEnum):
     POWER_OF_TWO = "power-of-two"
     PAIR_SAFE = "pair-safe"
     REDUCED_RANGE = "reduced-range"
+    FIXED = "fixed"
     DERIVED = "derived"
 
 

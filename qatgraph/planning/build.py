@@ -51,6 +51,7 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
         predictions=tuple(_prediction(c) for c in choices if c.rows and not _moves_floats(c)),
         decisions=(*(_decision(c) for c in choices), *grid_decisions),
         hashes=hashes,
+        integer_outputs=tuple(o for c in choices if c.border is not None for o in c.fact.outputs),
     )
 
 
@@ -125,7 +126,8 @@ def _quantizers(
     for grid in solution.grids:
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
         weight = first.role == "weight"
-        observer = "" if weight else context.recipe.observer_of(first.node)
+        given = weight or grid.options[0].scale is ScaleRule.FIXED
+        observer = "" if given else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
         decisions.append(_grid_decision(str(first), grid, solution, shared, asked))
     at = {p: q for q in reversed(quantizers) for p in q.ports}
@@ -177,6 +179,8 @@ def _grid_decision(
         if sharing:
             _, first = min(sharing, key=lambda s: s[0])
             why += f"; {first.author}: {first.why}"
+    for border in (solution.choices[v].border for v in grid.values if v in solution.choices):
+        why += f"; {border.author}: {border.why}" if border is not None else ""
     wished = {p: asked[p] for p in grid.ports}
     lost = [
         Alternative(str(s), Author("row", _row_id(solution, port)), f"the other readers of {value} need {spec}")

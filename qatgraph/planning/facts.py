@@ -36,8 +36,8 @@ class NodeFact:
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
-    ``output`` if the model returns it; ``low`` the smallest value that the operation can give, if it has one;
-    ``zeros`` says that it pads an image with zeros;
+    ``output`` if the model returns it, ``outputs`` then the names under which it does; ``low`` the smallest value that
+    the operation can give, if it has one; ``zeros`` says that it pads an image with zeros;
     ``bytes`` its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
     a ``constant`` (it depends on no input), or only gives a ``state`` of the model a new value.
     """
@@ -57,6 +57,7 @@ class NodeFact:
     low: float | None = None
     zeros: bool = False
     absent: Literal["", "constant", "state"] = ""
+    outputs: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -130,6 +131,23 @@ def _reader_kinds(node: fx.Node) -> Iterator[str]:
                 yield from _reader_kinds(user)
 
 
+def _returned(graph: Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """The names of the outputs that each node is, also behind a dropout."""
+    from torch import fx
+    from torch.utils import _pytree as pytree
+
+    from qatgraph.ir.meta import has_record, record
+
+    found: dict[fx.Node, tuple[str, ...]] = {}
+    leaves = pytree.tree_leaves(graph.module.graph.output_node().args[0])
+    for name, node in zip(graph.info.outputs, leaves, strict=True):
+        while isinstance(node, fx.Node):
+            found[node] = (*found.get(node, ()), name)
+            dropout = has_record(node) and record(node).kind == "dropout"
+            node = node.args[0] if dropout else None
+    return found
+
+
 def _pads_images(node: fx.Node) -> bool:
     """Whether zeros are put around the spatial axes, and nothing is cut off."""
     from qatgraph.rewriting.matcher import attribute
@@ -169,7 +187,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     def first_path(*nodes: fx.Node | None) -> str:
         return " * ".join(storage[id(graph.parameter(n))] for n in nodes if n is not None)
 
-    varying, needed = _varying(nodes), _needed(nodes)
+    varying, needed, returned = _varying(nodes), _needed(nodes), _returned(graph)
 
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
@@ -211,6 +229,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             low=_low(node, known.kind),
             zeros=known.kind == "pad" and _pads_images(node),
             absent="constant" if node not in varying else "" if node in needed else "state",
+            outputs=returned.get(node, ()),
         )
 
     named = (n for n in nodes if has_record(n) and isinstance(value_of(n), torch.Tensor))

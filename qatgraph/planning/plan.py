@@ -23,8 +23,8 @@ VERSION = 1
 class Quantizer:
     """One grid: ``ports`` share it, ``values`` are the tensors that it stands on (a node, an input or a parameter).
 
-    ``observer`` says how an activation's range is found; weights compute theirs. ``derived_from`` names the
-    quantizers whose scales multiply to this one's.
+    ``observer`` says how an activation's range is found; weights compute theirs, and a fixed grid has none to find.
+    ``derived_from`` names the quantizers whose scales multiply to this one's.
     """
 
     name: str
@@ -102,7 +102,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """``requires``, ``backend`` and ``opset`` come from the target's table, so that a plan lowers without it."""
+    """``requires``, ``backend`` and ``opset`` come from the target's table, so that a plan lowers without it.
+
+    ``integer_outputs`` are the names of the outputs that leave the model as integers.
+    """
 
     target: str
     requires: str
@@ -116,6 +119,7 @@ class Plan:
     predictions: tuple[Prediction, ...]
     decisions: tuple[Decision, ...]
     hashes: dict[str, str] = field(default_factory=dict)
+    integer_outputs: tuple[str, ...] = ()
     version: int = VERSION
 
     def placement(self, node: str) -> Placement:

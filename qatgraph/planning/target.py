@@ -108,7 +108,7 @@ class Row(UserModel):
         """Refuse a grid that a plan could name and no quantizer makes."""
         for role in ("x", "out", "weight") if self.placement == "int8" else ():
             for spec in getattr(self, role):
-                why = _no_quantizer(self.op, role, spec)
+                why = no_quantizer(self.op, role, spec)
                 if why:
                     raise ValueError(f"row '{self.id}': no quantizer makes {role} = '{spec}': {why}")
         return self
@@ -121,10 +121,12 @@ class Row(UserModel):
         return self
 
 
-def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
+def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     """Why a grid cannot be trained at this place; empty if it can."""
     if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
         return "that is the grid of a bias: bias = ['int32']"
+    if (spec.scale is ScaleRule.FIXED) != (op == "dequantize"):
+        return "fixed is the grid of an integer input: it stands in the row of 'dequantize', and alone there"
     if role != "weight":
         if spec.axis is not None:
             return "an activation has one scale: per-tensor"

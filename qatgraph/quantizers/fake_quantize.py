@@ -107,6 +107,18 @@ class ActivationFakeQuantize(FakeQuantize):
         return straight_through(x, self.scale, self.zero_point, self.qmin, self.qmax, None)
 
 
+class FixedFakeQuantize(ActivationFakeQuantize):
+    """The grid of an integer input: the model says it, calibration leaves it alone; what lies on it passes as it is."""
+
+    def __init__(self, spec: QuantSpec, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        super().__init__(spec, "minmax")
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def settle(self) -> None:
+        self.switch_on()
+
+
 class WeightFakeQuantize(FakeQuantize):
     """A symmetric grid that follows the weight: the scale is computed from it in each forward, and at conversion
     by the same function, so that training and deployment agree bit for bit.
