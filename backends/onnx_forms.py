@@ -94,6 +94,13 @@ def _as_global_pool(model: Any, nodes: list[Any], bias: str) -> None:
     mean.attributes.clear()
 
 
+def _as_average_pool(model: Any, nodes: list[Any], bias: str) -> None:
+    """Count no padding where there is none: ORT would also count what the last window meets beyond the input."""
+    pool = _the(nodes, "AveragePool")
+    if "pads" not in pool.attributes or not any(pool.attributes["pads"].as_ints()):
+        pool.attributes["count_include_pad"] = _int_attribute("count_include_pad", 0)
+
+
 def _as_conv_pads(model: Any, nodes: list[Any], bias: str) -> None:
     """Pad -> Conv becomes a Conv with other pads at the two ends of an axis."""
     import onnx_ir as ir
@@ -225,6 +232,7 @@ FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
     "max": _as_max,
     "packed-heads": _as_attention,
     "global-pool": _as_global_pool,
+    "average-pool": _as_average_pool,
     "conv-pads": _as_conv_pads,
 }
 

@@ -69,7 +69,8 @@ def _prediction(choice: Choice) -> Prediction:
         reason = choice.held.why if choice.held else f"'{first.id}' does not fit: {why or choice.out[first.id]}"
         return Prediction(name, "", "", False, pinned=pinned, blocked_by=reason)
     if row.placement == "int8":
-        return Prediction(name, row.kernel, row.id, True, row.accumulator, row.k_order, row.requant, row.deviation)
+        how = row.accumulator, row.k_order, row.requant, row.deviation, row.finest
+        return Prediction(name, row.kernel, row.id, True, *how)
     best = next(((r, why or choice.out.get(r.id, "")) for r, why in choice.rows if r.placement == "int8"), None)
     blocked = choice.held.why if choice.held else row.why.format(**choice.fact.words())
     remedy = row.remedy.format(**choice.fact.words()) or (
@@ -127,7 +128,8 @@ def _quantizers(
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
         weight = first.role == "weight"
         given = weight or grid.options[0].scale is ScaleRule.FIXED
-        observer = "" if given else context.recipe.observer_of(first.node)
+        leaves = any(c.border is not None for v in grid.values if (c := solution.choices.get(v)) is not None)
+        observer = "" if given else "minmax" if leaves else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
         decisions.append(_grid_decision(str(first), grid, solution, shared, asked))
     at = {p: q for q in reversed(quantizers) for p in q.ports}

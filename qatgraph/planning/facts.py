@@ -37,7 +37,8 @@ class NodeFact:
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
     ``output`` if the model returns it, ``outputs`` then the names under which it does; ``low`` the smallest value that
-    the operation can give, if it has one; ``zeros`` says that it pads an image with zeros;
+    the operation can give, if it has one; ``zeros`` says that it pads an image with zeros,
+    ``beyond`` that it averages windows that count padding, and may reach beyond it (``ceil_mode``);
     ``bytes`` its size on the example batch. ``absent`` says why no kernel is left of it, if none is: it is
     a ``constant`` (it depends on no input), or only gives a ``state`` of the model a new value.
     """
@@ -56,6 +57,7 @@ class NodeFact:
     x_bytes: int = 0
     low: float | None = None
     zeros: bool = False
+    beyond: bool = False
     absent: Literal["", "constant", "state"] = ""
     outputs: tuple[str, ...] = ()
 
@@ -74,6 +76,12 @@ class NodeFact:
         if weight is None or len(weight.shape) < 3:
             return False
         return weight.shape[1] == 1 < weight.shape[0] == self.x_shape[-len(weight.shape) + 1]
+
+    @property
+    def batched(self) -> bool:
+        """Whether samples and channels stand in front of the spatial axes of a convolution or pool."""
+        axes = self.kind[-2:-1]
+        return not axes.isdigit() or self.rank == int(axes) + 2
 
     def parameter(self, role: str) -> ParameterFact | None:
         return next((p for p in self.parameters if p.role == role), None)
@@ -158,6 +166,15 @@ def _pads_images(node: fx.Node) -> bool:
     return plain and all(isinstance(e, int) and e >= 0 for e in ends) and not any(ends[spatial:])
 
 
+def _reaches_beyond(node: fx.Node) -> bool:
+    """Whether the last window of an average pool may count more than the padding, which torch does not."""
+    from qatgraph.rewriting.matcher import attribute
+
+    padding = attribute(node, "padding")
+    pads = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return bool(pads and attribute(node, "ceil_mode") and attribute(node, "count_include_pad"))
+
+
 def _low(node: fx.Node, kind: str) -> float | None:
     """The smallest value of a result that has a bound by its operation."""
     if kind == "clamp":
@@ -228,6 +245,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             x_bytes=x_bytes,
             low=_low(node, known.kind),
             zeros=known.kind == "pad" and _pads_images(node),
+            beyond=known.kind.startswith("avg_pool") and _reaches_beyond(node),
             absent="constant" if node not in varying else "" if node in needed else "state",
             outputs=returned.get(node, ()),
         )

@@ -79,7 +79,7 @@ class Prediction:
     """The kernel that the engine will choose; alternatives are joined by ``|``.
 
     An empty one means any float kernel, or, of an int8 node, that it is a part of another node's kernel.
-    ``accumulator``, ``k_order``, ``requant`` and ``deviation`` are those of the row, see ``target.Row``.
+    ``accumulator``, ``k_order``, ``requant``, ``deviation`` and ``finest`` are those of the row, see ``target.Row``.
     """
 
     node: str
@@ -90,6 +90,7 @@ class Prediction:
     k_order: str = ""
     requant: str = ""
     deviation: int = 0
+    finest: float = 0.0
     pinned: bool = False
     blocked_by: str = ""
     remedy: str = ""

@@ -46,7 +46,8 @@ class Override(UserModel):
 class Recipe(UserModel):
     """``observer`` chooses activation ranges; ``override`` lists the exceptions. Later lines win among equals.
 
-    ``integer_outputs``: names (or globs) of outputs that leave the model as integers.
+    ``integer_outputs``: names (or globs) of outputs that leave the model as integers. Their grids span all that
+    calibration saw, whatever the observer: the largest logits would be equal where it cuts them off.
     """
 
     name: str = "int8"

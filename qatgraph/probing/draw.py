@@ -98,7 +98,7 @@ def _out(draw: Draw, target: Target, case: Case, operation: Operation) -> Grid |
     if case.activation:
         return draws.grid_above(draw, spec, values, HIGHEST[case.activation])
     grid = draws.grid_over(draw, spec, values)
-    finest = [operation.finest * float(o.grid.scale) for o in case.inputs.values()]
+    finest = [row.finest * float(o.grid.scale) for o in case.inputs.values()]
     return replace(grid, scale=np.maximum(grid.scale, np.float32(max(finest, default=0.0))))
 
 
