@@ -75,7 +75,7 @@ def other(value: Any) -> Any:
             return next(v for v in type(value) if v is not value)
         case str():
             return value + "'"
-        case int():
+        case int() | float():
             return value + 1
         case None:
             return 1
