@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from qatgraph.backends import onnx_products
+from qatgraph import borders
+from qatgraph.backends import onnx_borders, onnx_products
+from qatgraph.ir.graph import Graph
 from qatgraph.planning.plan import Plan
-from qatgraph.reference import Array
+from qatgraph.reference import Array, Grid
 
 REQUIRES = "qatgraph.requires"  # in the metadata of a file
 
 
-def metadata(plan: Plan) -> dict[str, str]:
-    """What a file bears: the hash of its plan, the target, and what it requires of a CPU."""
+def metadata(graph: Graph, plan: Plan) -> dict[str, str]:
+    """What a file bears: the hash of its plan, the target, what it requires of a CPU, the grids of integer outputs."""
     found = {"qatgraph.plan": plan.hash(), "qatgraph.target": plan.target}
-    return found | ({REQUIRES: plan.requires} if plan.requires else {})
+    found |= {REQUIRES: plan.requires} if plan.requires else {}
+    return found | onnx_borders.metadata(borders.output_grids(graph))
 
 
 def parse(model: bytes | str) -> Any:
@@ -76,8 +79,11 @@ def stamps(model: bytes) -> tuple[str, str]:
     return str(props.get("qatgraph.plan", "")), str(props.get(REQUIRES, ""))
 
 
-def interface(model: bytes) -> tuple[list[str], list[str]]:
-    """The names of the file's inputs and outputs."""
+def interface(model: bytes) -> tuple[dict[str, str], dict[str, str]]:
+    """The types of the file's inputs and outputs by name."""
+    return onnx_borders.interface(parse(model).graph)
 
-    graph = parse(model).graph
-    return [v.name for v in graph.input], [v.name for v in graph.output]
+
+def output_grids(model: bytes) -> dict[str, Grid]:
+    """The grids of integer outputs, as the file's metadata states them."""
+    return onnx_borders.output_grids(parse(model))

@@ -124,11 +124,25 @@ def _as_min_max(model: Any, nodes: list[Any], bias: str) -> None:
 
 
 def _as_global_pool(model: Any, nodes: list[Any], bias: str) -> None:
-    """The mean over the image -> GlobalAveragePool."""
+    """The mean over the image -> GlobalAveragePool.
+
+    Where channels lie last in memory, the exporter also writes how the result lies there: that goes.
+    """
+    import onnx_ir as ir
+
     mean = _the(nodes, "ReduceMean")
+    if nodes[-1] is not mean:
+        ir.convenience.replace_all_uses_with(nodes[-1].outputs[0], mean.outputs[0], replace_graph_outputs=True)
     mean.op_type, mean.name = "GlobalAveragePool", mean.name.removesuffix("/ReduceMean") + "/GlobalAveragePool"
     mean.resize_inputs(1)
     mean.attributes.clear()
+
+
+def _as_average_pool(model: Any, nodes: list[Any], bias: str) -> None:
+    """Count no padding where there is none: ORT would also count what the last window meets beyond the input."""
+    pool = _the(nodes, "AveragePool")
+    if "pads" not in pool.attributes or not any(pool.attributes["pads"].as_ints()):
+        pool.attributes["count_include_pad"] = _int_attribute("count_include_pad", 0)
 
 
 def _as_conv_pads(model: Any, nodes: list[Any], bias: str) -> None:
@@ -266,6 +280,7 @@ FORMS: dict[str, Callable[[Any, list[Any], str], None]] = {
     "min-max": _as_min_max,
     "packed-heads": _as_attention,
     "global-pool": _as_global_pool,
+    "average-pool": _as_average_pool,
     "conv-pads": _as_conv_pads,
 }
 

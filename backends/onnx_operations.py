@@ -155,7 +155,9 @@ def _transposed(file: File, case: Case, values: dict[str, str]) -> str:
 def _pool(op: str) -> Writer:
     def write(file: File, case: Case, values: dict[str, str]) -> str:
         size = case.attributes
-        own: dict[str, Any] = {k: int(size[k]) for k in ("count_include_pad",) if k in size}
+        own: dict[str, Any] = {"ceil_mode": int(size["ceil"])}
+        if "count_include_pad" in size:  # as the lowering does, and why
+            own["count_include_pad"] = int(size["count_include_pad"] and any(size["padding"]))
         return file.add(op, values["x"], kernel_shape=size["kernel"], strides=size["stride"],
                         pads=_ends(case), **own)  # fmt: skip
 

@@ -32,6 +32,7 @@ class _File:
 
     def __init__(self, proto: Any) -> None:
         self.nodes = {n.name: n for n in proto.graph.node}
+        self.constants = {i.name for i in proto.graph.initializer}
         self.producers = {o: n for n in proto.graph.node for o in n.output}
         self.readers: dict[str, list[Any]] = {}
         for node in proto.graph.node:
@@ -41,13 +42,17 @@ class _File:
     def core(self, name: str) -> Any:
         return next((self.nodes[n] for n in (f"{name}/{op}" for op in CORES) if n in self.nodes), None)
 
-    def quantized(self, value: str) -> Any:
-        """The quantize behind which a dequantize gave this value, if it is no constant."""
+    def quantized(self, value: str) -> tuple[str, str] | None:
+        """(float border, integers) of which a dequantize gave this value, if it is no constant.
+
+        There is no border where the model takes integers.
+        """
         dequantize = self.producers.get(value)
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in self.constants:
             return None
-        quantize = self.producers.get(dequantize.input[0])
-        return quantize if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+        integers = str(dequantize.input[0])
+        source = self.producers.get(integers)
+        return (str(source.input[0]) if source is not None and source.op_type == "QuantizeLinear" else "", integers)
 
     def integers_behind(self, value: str) -> str:
         """What the quantize writes that alone reads the value, also behind what a kernel takes in; empty if none."""
@@ -99,12 +104,12 @@ def _region(file: _File, name: str, writes_floats: bool) -> TapNames | None:
         source = file.producers[core.input[0]].input[0]
         result = file.nodes.get(f"{name}/Add", file.nodes[f"{name}/Mul#2"]).output[0]
         return TapNames((source,), (source,), result)
-    quantizes = [q for q in map(file.quantized, core.input) if q is not None]
+    read = [r for r in map(file.quantized, core.input) if r is not None]
     result = file.nodes.get(f"{name}/Add", core).output[0]
     out = result if writes_floats else file.integers_behind(result)
-    if not quantizes or not out:
+    if not read or not out:
         return None
-    return TapNames(tuple(q.input[0] for q in quantizes), tuple(q.output[0] for q in quantizes), out)
+    return TapNames(tuple(border for border, _ in read), tuple(integers for _, integers in read), out)
 
 
 def read_taps(

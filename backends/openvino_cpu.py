@@ -30,6 +30,7 @@ if find_spec("openvino") is None:
     )  # fmt: skip
 
 NAME = "OpenVINO"
+SHOWS_CONVERSIONS = False  # they become parts of other nodes
 SAME_EVERYWHERE = False  # its integer kernels are; floats are added in another order on each instruction set
 AUDITED = "the model that OpenVINO compiled (get_runtime_model), floats in float32"
 SESSION = "OpenVINO defaults, but INFERENCE_PRECISION_HINT = f32"
@@ -37,6 +38,7 @@ PRECISE: dict[str, str] = {}  # no option is more exact
 write = write_atomically
 stamps = artifact.stamps
 interface = artifact.interface
+output_grids = artifact.output_grids
 product_constants = artifact.product_constants
 bias_misfits = artifact.bias_misfits
 median_latencies = timing.median_latencies
@@ -71,7 +73,7 @@ class Session:
 
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file, which OpenVINO reads."""
-    return to_onnx(graph, plan, plan.opset, artifact.metadata(plan))
+    return to_onnx(graph, plan, plan.opset, artifact.metadata(graph, plan))
 
 
 def session(model: bytes | str, *, threads: int = 0) -> Session:

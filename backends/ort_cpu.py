@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qatgraph import reference
-from qatgraph.backends import artifact, emulation, onnx_taps, timing
+from qatgraph.backends import artifact, emulation, onnx_borders, onnx_taps, timing
 from qatgraph.backends.artifact import REQUIRES, metadata, parse
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
@@ -26,6 +26,7 @@ from qatgraph.report.machine import check_cpu
 write = write_atomically
 stamps = artifact.stamps
 interface = artifact.interface
+output_grids = artifact.output_grids
 product_constants = artifact.product_constants
 bias_misfits = artifact.bias_misfits
 median_latencies = timing.median_latencies
@@ -33,6 +34,7 @@ run_on = emulation.run_on
 can_emulate = emulation.available
 quantize = reference.quantize
 NAME = "ONNX Runtime"
+SHOWS_CONVERSIONS = True  # what is quantized and dequantized stands in the graph that it runs
 SAME_EVERYWHERE = True  # bit for bit on AVX2 and later
 AUDITED = "the optimized graph that ORT writes at default options"
 SESSION = "ONNX Runtime defaults"
@@ -54,7 +56,7 @@ INT8_KERNELS = frozenset(
 
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file."""
-    return to_onnx(graph, plan, plan.opset, metadata(plan))
+    return to_onnx(graph, plan, plan.opset, metadata(graph, plan))
 
 
 def session(model: bytes | str, *, threads: int = 0, optimize: bool = True, **config: str) -> Any:
@@ -151,7 +153,7 @@ def kernel_nodes(written: Any, graph: Any) -> list[KernelNode]:
         int8 = moves or node.op_type in INT8_KERNELS or (node.op_type == "Gather" and node.input[0] in tables)
         if moves or _writes_integers(node):
             integers.update(node.output)
-        found.append(KernelNode(_written_name(node, names, producers), node.op_type, int8, moves))
+        found.append(KernelNode(_written_name(node, names, producers), node.op_type, int8, moves, node.input[0]))
     return found
 
 
@@ -204,3 +206,8 @@ def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
     from qatgraph.backends import ort_probe
 
     return ort_probe.engine(target, isa)
+
+
+def border_conversions(model: bytes) -> list[str]:
+    """What the engine converts from integers to integers at the borders of the file."""
+    return onnx_borders.conversions(optimized_graph(model))

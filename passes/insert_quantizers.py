@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from qatgraph.ir.graph import Graph, arguments, set_argument
@@ -14,7 +15,12 @@ from qatgraph.ir.stages import Stage
 from qatgraph.planning.plan import Plan, Quantizer
 from qatgraph.quantizers.blocks import BlockFakeQuantize
 from qatgraph.quantizers.dynamic import DynamicFakeQuantize
-from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.fake_quantize import (
+    ActivationFakeQuantize,
+    FakeQuantize,
+    FixedFakeQuantize,
+    WeightFakeQuantize,
+)
 from qatgraph.rewriting.edit import Edit
 from qatgraph.rewriting.matcher import attribute
 from qatgraph.rewriting.passes import GraphPass, same
@@ -59,6 +65,8 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
         module = BlockFakeQuantize(quantizer.spec) if in_blocks else WeightFakeQuantize(quantizer.spec, channels)
     elif quantizer.spec.scale is ScaleRule.DYNAMIC:
         module = DynamicFakeQuantize(quantizer.spec)
+    elif quantizer.spec.scale is ScaleRule.FIXED:
+        module = FixedFakeQuantize(quantizer.spec, *_integers(quantizer, nodes))
     else:
         bounds = [b for p in quantizer.ports if p.role == "out" and (b := _bound(nodes[p.node])) is not None]
         module = ActivationFakeQuantize(quantizer.spec, quantizer.observer, min(bounds, default=None))
@@ -72,6 +80,12 @@ def _insert(quantizer: Quantizer, nodes: dict[str, fx.Node], edit: Edit) -> None
             _on_result(node, path, module, edit, dict(arguments(node))["weight"])
         else:
             _on_argument(node, port.role, path, module, edit)
+
+
+def _integers(quantizer: Quantizer, nodes: dict[str, fx.Node]) -> list[torch.Tensor]:
+    """Scale and zero point of the integer input whose grid it is."""
+    source = next(nodes[p.node] for p in quantizer.ports if record(nodes[p.node]).kind == "dequantize")
+    return [value_of(source.args[i]) for i in (1, 2)]  # type: ignore[arg-type]
 
 
 def _bound(node: fx.Node) -> float | None:

@@ -13,6 +13,8 @@ from qatgraph.ir.graph import Batch, Graph
 from qatgraph.ir.masks import weight_of
 from qatgraph.ir.meta import record
 from qatgraph.ir.names import quantizer_name
+from qatgraph.planning.constraints import Port
+from qatgraph.planning.plan import Plan
 from qatgraph.progress import track
 from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
 from qatgraph.quantizers.findings import findings
@@ -58,10 +60,21 @@ def calibrate(qat: torch.nn.Module, batches: Iterable[Batch], *, progress: bool 
             _check_range(path, module)
     for module in activations.values():
         module.settle()
+    _coarsen(graph, {quantizer_name(path): module for path, module in activations.items()})
     for other in quantizers.values():
         other.switch_on()
     make_room_for_biases(graph)
     return findings(graph)
+
+
+def _coarsen(graph: Graph, modules: dict[str, ActivationFakeQuantize]) -> None:
+    """No result has finer steps than its kernel can write, from those that it reads."""
+    plan: Plan = graph.info.plan
+    for prediction in (p for p in plan.predictions if p.finest):
+        x, out = (plan.quantizer_at(Port(prediction.node, role)) for role in ("x", "out"))
+        assert x is not None
+        assert out is not None
+        modules[out.name].settle(prediction.finest * float(modules[x.name].scale))
 
 
 def make_room_for_biases(graph: Graph) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph, arguments
@@ -18,7 +19,12 @@ from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DY
 from qatgraph.planning.plan import Plan
 from qatgraph.quantizers.blocks import BlockFakeQuantize
 from qatgraph.quantizers.dynamic import DynamicFakeQuantize
-from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.fake_quantize import (
+    ActivationFakeQuantize,
+    FakeQuantize,
+    FixedFakeQuantize,
+    WeightFakeQuantize,
+)
 from qatgraph.quantizers.grids import STORAGE
 from qatgraph.regions import behind_padding
 from qatgraph.rewriting.edit import Edit
@@ -95,8 +101,21 @@ def _activation(node: fx.Node, module: ActivationFakeQuantize, edit: Edit) -> No
     _check_scale(module.scale, quantizer_name(path))
     scale = edit.constant(f"{path}/scale", module.scale.detach().clone(), node)
     zero = edit.constant(f"{path}/zero_point", module.zero_point.detach().to(kind), node)
-    q = edit.custom(QUANTIZE, source, scale, zero, at=node, near=node, kind="quantize")
-    _dequantize(node, users, q, scale, zero, 0, edit)
+    fixed = isinstance(module, FixedFakeQuantize) and source.target is DEQUANTIZE
+    q: Any = source.args[0] if fixed else None  # the model takes the integers
+    q = q or edit.custom(QUANTIZE, source, scale, zero, at=node, near=node, kind="quantize")
+    _dequantize(node, _in_float(users, node, q, edit), q, scale, zero, 0, edit)
+
+
+def _in_float(users: list[fx.Node], node: fx.Node, q: fx.Node, edit: Edit) -> list[fx.Node]:
+    """Those that read floats; where the model returns integers, it returns them."""
+    plan: Plan = edit.graph.info.plan
+    for output in (u for u in users if u.op == "output" and plan.integer_outputs):
+        leaves, spec = pytree.tree_flatten(output.args[0])
+        names = zip(edit.graph.info.outputs, leaves, strict=True)
+        leaves = [q if leaf is node and name in plan.integer_outputs else leaf for name, leaf in names]
+        output.args = (pytree.tree_unflatten(leaves, spec),)
+    return [u for u in users if node in u.all_input_nodes]
 
 
 def _dequantize(

@@ -30,14 +30,15 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.T
 
 @torch.library.custom_op("qatgraph::dequantize", mutates_args=())
 def dequantize_linear(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-    """Integers -> ``(q - zero_point) * scale`` in float32; ``axis`` counts when the scale is a vector."""
+    """Integers -> ``(q - zero_point) * scale`` in the type of the scale; ``axis`` counts when that is a vector."""
     shape = channel_shape(q, axis if scale.ndim else None)
-    return (q.to(torch.int32) - zero_point.to(torch.int32).reshape(shape)).float() * scale.reshape(shape)
+    steps = q.to(torch.int32) - zero_point.to(torch.int32).reshape(shape)
+    return steps.to(scale.dtype) * scale.reshape(shape)
 
 
 @dequantize_linear.register_fake
 def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
+    return torch.empty_like(q, dtype=scale.dtype)
 
 
 @torch.library.custom_op("qatgraph::round_dynamically", mutates_args=())

@@ -59,6 +59,7 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("div", ("aten.div.Tensor",), ("x", "y")),
     OpKind("dropout", ("aten.dropout.default",), ("x", "p", "train"), keeps_grid=True),
     OpKind("cast", ("aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten._to_copy.default")),
+    OpKind("dequantize", ("qatgraph.dequantize.default",), ("x", "scale", "zero_point", "axis")),
     OpKind("slice", ("aten.slice.Tensor",), ("x", "dim", "start", "end", "step"), keeps_grid=True),
     OpKind("select", ("aten.select.int",), ("x", "dim", "index"), keeps_grid=True),
     OpKind("expand", ("aten.expand.default",), ("x", "shape"), keeps_grid=True),

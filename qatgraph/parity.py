@@ -22,8 +22,8 @@ class RegionTap:
 
     Of each activation that it reads, ``borders`` holds the float tensor in front of the quantize and ``integers`` what
     it became (for a table: the indices and the looked-up integers; a kernel that reads floats has them in both places).
-    There is no border behind a kernel that writes integers. ``out`` is the result: float, bias included, or the
-    integers that the kernel writes.
+    There is no border behind a kernel that writes integers, or where the model takes them. ``out`` is the result:
+    float, bias included, or the integers that the kernel writes.
     """
 
     node: str

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from qatgraph import fidelity, reference
+from qatgraph import borders, fidelity, reference
 from qatgraph.conversion import convert
 from qatgraph.errors import VerifyError
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.ir.meta import record
 from qatgraph.kernels import compare_borders, compare_kernels, owner
+from qatgraph.operators import QUANTIZE
 from qatgraph.ops import keeps_grid
 from qatgraph.parity import RegionTap, compare_regions, has_region, without_reference
 from qatgraph.planning.fallback import fallback_report
@@ -76,26 +77,49 @@ def prove(
         report.failures.append(
             f"the file bears that it requires '{requires}' of a CPU, its plan requires '{plan.requires}'"
         )
-    have = dict(zip(("inputs", "outputs"), backend.interface(model), strict=True))
-    for what, want in (("inputs", graph.info.inputs), ("outputs", graph.info.outputs)):
-        if have[what] != list(want):
-            report.failures.append(f"the file's {what} are {', '.join(have[what])}, the model's are {', '.join(want)}")
+    qdq = convert(graph)
+    _interface(report, backend, qdq, model)
     if report.failures:
         return report  # nothing that follows could be compared
     _kernels(report, backend, plan, model)
     report.fallback = fallback_report(plan)
     _overflow(report, backend, plan, model, _one_sample(graph, feed_of(graph, batches[0])))
-    qdq = convert(graph)
     _constants(report, backend, qdq, model)
     _regions(report, backend, qdq, plan, model, batches[:REGION_BATCHES])
     _fidelity(report, backend, qat, model, batches, float_model, labels)
     return report
 
 
+def _interface(report: Report, backend: Any, qdq: Graph, model: bytes) -> None:
+    """Names and types of inputs and outputs are the model's, and the file states the grids of integers."""
+    wanted = borders.interface(qdq)
+    names = qdq.info.inputs, qdq.info.outputs
+    for what, order, want, have in zip(("inputs", "outputs"), names, wanted, backend.interface(model), strict=True):
+        if list(have) != list(order):
+            report.failures.append(f"the file's {what} are {', '.join(have)}, the model's are {', '.join(order)}")
+        report.failures += [
+            f"the file's '{name}' is {have[name]}, the model's is {kind}"
+            for name, kind in want.items()
+            if have.get(name, kind) != kind
+        ]
+    grids, stated = (
+        {name: borders.text(grid) for name, grid in found.items()}
+        for found in (borders.output_grids(qdq), backend.output_grids(model))
+    )
+    for name in sorted({*grids, *stated}):
+        own, other = (found.get(name, "no grid") for found in (grids, stated))
+        if own != other:
+            report.failures.append(f"the file states {other} for the output '{name}', the model has {own}")
+    taken = {name: kind for name, kind in wanted[0].items() if kind == "uint8"}
+    if taken or grids:
+        report.files["integers"] = {**taken, **{name: f"{wanted[1][name]}, {grid}" for name, grid in grids.items()}}
+
+
 def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
     realized = backend.audit(model)
     mismatches = compare_kernels(plan, realized)
-    borders = compare_borders(plan, realized)
+    seen = backend.SHOWS_CONVERSIONS
+    misplaced = compare_borders(plan, realized) if seen else ""
     tables = {f.name for f in plan.nodes if f.kind == "embedding"}
     shapes = {f.name for f in plan.nodes if keeps_grid(f.kind)}
     compute = {p.node for p in plan.predictions if p.int8 and p.kernel} - tables - shapes
@@ -113,10 +137,12 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
         "mismatches": [str(m) for m in mismatches],
         "pinned": pinned,
         "unnamed_int8": unnamed,
-        "borders": borders or "as planned",
+        "borders": misplaced or ("as planned" if seen else f"{NOT_RUN}: the engine does not show them"),
         "how": f"predicted from the plan alone; realized: {backend.AUDITED}",
     }
-    report.failures += [str(m) for m in mismatches] + ([borders] if borders else [])
+    report.failures += [str(m) for m in mismatches] + ([misplaced] if misplaced else [])
+    if seen:
+        report.failures += [f"integers are converted at a border: {c}" for c in backend.border_conversions(model)]
 
 
 def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:
@@ -246,7 +272,7 @@ def _segments(
         results = replay.run(*qdq.leaves(batch, "evaluation batch"), enable_io_processing=False)
     for tap in taps:
         for quantize, border, integers in zip(regions[tap.node].quantizes, tap.borders, tap.integers, strict=False):
-            if border is None:
+            if border is None or quantize.target is not QUANTIZE:
                 yield f"integers in front of '{tap.node}'", _difference(integers, replay.env[quantize])
             else:
                 yield f"in front of '{tap.node}'", _difference(border, replay.env[quantize.all_input_nodes[0]])
@@ -286,12 +312,13 @@ def _fidelity(
 ) -> None:
     graph = Graph.prepared(qat)
     plain, precise = backend.session(model), backend.session(model, **backend.PRECISE) if backend.PRECISE else None
-    engine, equal = [], True
+    engine, equal, grids = [], True, backend.output_grids(model)
     for feed in (feed_of(graph, b) for b in batches):
         outputs = backend.run(plain, feed)
         exact = backend.run(precise, feed) if precise is not None else outputs
         equal = equal and all(a.tobytes() == b.tobytes() for a, b in zip(outputs, exact, strict=True))
-        engine.append(fidelity.first_output([torch.from_numpy(a) for a in outputs]))
+        tensors = [torch.from_numpy(a) for a in outputs]
+        engine.append(fidelity.first_output(borders.in_float(tensors, graph.info.outputs, grids)))
     if not equal:
         report.failures.append("outputs differ between default options and session.x64quantprecision=1")
     fake = fidelity.outputs(model_run(qat), batches)

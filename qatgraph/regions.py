@@ -91,12 +91,12 @@ class Region:
         if record(self.node).kind == "embedding":
             table = self.constant(self.node.args[0])
             return [lambda indices: table[indices]]
-        grids = [self.grid(n) for n in self.quantizes]
-        return [partial(self.quantize, scale=g.scale, zero_point=g.zero_point) for g in grids]
+        return [partial(self.quantize, scale=g.scale, zero_point=g.zero_point) for g in self.grids]
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
-        """What makes of a float border what the kernel reads: quantizes in front, or the region's own first node."""
+        """What gives the integers in front of its activations: a quantize, what the model takes, or, of a kernel that
+        reads floats, its own first node."""
         if self.reads_floats:
             return self.inputs or (self.node,)
         return tuple(_source(n) for n in self.inputs)
@@ -328,15 +328,17 @@ def _softmax(r: Region) -> Result:
 def _max_pool(r: Region) -> Result:
     kernel, dilation = r.sizes("kernel_size"), r.sizes("dilation")
     stride = r.sizes("stride") if r.attribute("stride") else kernel
-    pads = [(p, p) for p in r.sizes("padding")]
-    return lambda q: reference.max_pool(q, kernel, stride=stride, padding=pads, dilation=dilation)
+    pads, ceil = [(p, p) for p in r.sizes("padding")], r.attribute("ceil_mode")
+    return lambda q: reference.max_pool(q, kernel, stride=stride, padding=pads, dilation=dilation, ceil=ceil)
 
 
 def _average_pool(r: Region) -> Result:
     (grid,), out, kernel = r.grids, r.out_grid, r.sizes("kernel_size")
     stride = r.sizes("stride") if r.attribute("stride") else kernel
-    pads, count = [(p, p) for p in r.sizes("padding")], r.attribute("count_include_pad")
-    return lambda q: reference.average_pool(q, grid, out, kernel, stride=stride, padding=pads, count_include_pad=count)
+    pads = [(p, p) for p in r.sizes("padding")]
+    counts = r.attribute("count_include_pad") and any(r.sizes("padding"))
+    how = {"count_include_pad": counts, "ceil": r.attribute("ceil_mode")}
+    return lambda q: reference.average_pool(q, grid, out, kernel, stride=stride, padding=pads, **how)
 
 
 def _global_pool(r: Region) -> Result:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from qatgraph import fidelity, reference
+from qatgraph import borders, fidelity, reference
 from qatgraph.conversion import convert
 from qatgraph.errors import PlanError
 from qatgraph.ir.graph import Batch, Graph, arguments
@@ -170,7 +170,7 @@ def analyse(
         labels: one tensor a batch, for top-1.
 
     Raises:
-        PlanError: QG309 no kernel of the plan adds in pairs, QG311 the engine has no exact option.
+        PlanError: QG309 no kernel of the plan adds in pairs, QG313 the engine has no exact option.
     """
     prepared = Graph.prepared(qat)
     paired = [p.node for p in prepared.info.plan.predictions if p.int8 and p.in_pairs]
@@ -184,7 +184,7 @@ def analyse(
         )
     if not backend.PRECISE:
         raise PlanError(
-            "QG311",
+            "QG313",
             f"{backend.NAME} has no option that is exact without VNNI, which a cure could be compared with",
             where=f"target '{prepared.info.plan.target}'",
             todo="choose the target ort-cpu: the layers that saturate are the same",
@@ -241,7 +241,7 @@ def _observe(
     for i, batch in enumerate(batches):
         say(f"count saturating sums: batch {i + 1} of {len(batches)}")
         for cure in (PAIR_SAFE, SEVEN_BITS):
-            outputs[cure] += fidelity.outputs(graphs[cure].run, [batch])
+            outputs[cure].append(_run(graphs[cure], batch, {}))
         outputs[EXACT].append(_run(graphs[EXACT], batch, {n: c.count for n, c in counters.items()}))
         outputs[NOTHING].append(_run(graphs[EXACT], batch, {n: c.saturated for n, c in counters.items()}))
     return [c.layer() for c in counters.values()], outputs
@@ -250,7 +250,7 @@ def _observe(
 def _run(graph: Graph, batch: Batch, layers: Mapping[str, Callable[..., torch.Tensor]]) -> torch.Tensor:
     with torch.no_grad():
         results = _WithLayers(graph, layers).run(*graph.leaves(batch, "evaluation batch"), enable_io_processing=False)
-    return fidelity.first_output(results)
+    return fidelity.first_output(borders.in_float(results, graph.info.outputs, borders.output_grids(graph)))
 
 
 class _WithLayers(fx.Interpreter):

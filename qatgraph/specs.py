@@ -48,6 +48,7 @@ class ScaleRule(StrEnum):
     (Intel SDM vol. 2, x86 without VNNI): ``|q[2k]| + |q[2k+1]| <= 128`` for pairs of one sign.
     ``REDUCED_RANGE``: weights of 7 bits, ``|q| <= 63``, which cannot overflow them either.
     ``DYNAMIC``: the grid is that of each tensor itself, found at run time, as ONNX DynamicQuantizeLinear finds it.
+    ``FIXED``: that of an integer input, which the model itself says; nobody chooses it.
     ``DERIVED``: the product of the scales of the quantizers that it is derived from (int32 bias).
     """
 
@@ -56,6 +57,7 @@ class ScaleRule(StrEnum):
     PAIR_SAFE = "pair-safe"
     REDUCED_RANGE = "reduced-range"
     DYNAMIC = "dynamic"
+    FIXED = "fixed"
     DERIVED = "derived"
 
 

@@ -63,6 +63,24 @@ class Images(nn.Module):
         return z
 
 
+class Pixels(nn.Module):
+    """An image of bytes, normalized by channel and cut into patches: uint8 [batch, 3, 8, 8] -> [batch, 5]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+        for name, numbers in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(numbers)[:, None, None])
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = (image.float() / 255 - self.mean) / self.std
+        y: Tensor = self.head(functional.relu(self.patches(x)).mean((2, 3)))
+        return y
+
+
 class WrittenLayerNorm(nn.Module):
     """LayerNorm in arithmetic, as older models write it."""
 

@@ -94,6 +94,14 @@ def any_groups(row: Row) -> Fields:
     return {"depthwise": None} if row.depthwise else None
 
 
+def counts_beyond(row: Row) -> Fields:
+    return {"beyond": None} if row.beyond is not None else None
+
+
+def any_step(row: Row) -> Fields:
+    return {"finest": 0.0} if row.finest else None
+
+
 def exact(row: Row) -> Fields:
     return {"deviation": 0} if row.kernel == "QLinearAdd" else None
 
@@ -102,7 +110,8 @@ LIES = {
     change.__name__: Lie(change, isa)
     for isa, changes in {
         "native": (another_kernel, in_float, in_int8, another_bias, read_by_anything, more_ranks, any_shape,
-                   the_other_shape, scales_along_k, signed_behind_relu, only_moved, not_rounded, rounded),
+                   the_other_shape, scales_along_k, signed_behind_relu, only_moved, not_rounded, rounded,
+                   counts_beyond, any_step),
         "avx2": (full_range, another_k_order, any_groups),
         "sse": (exact,),
     }.items()

@@ -21,7 +21,7 @@ import qatgraph as qg
 from qatgraph.api import decide
 from qatgraph.ir.graph import Batch, Graph, bind
 from qatgraph.rewriting.evidence import Evidence
-from tests.blocks import Clip, Cnn, Images, Llama, Pruned, Written
+from tests.blocks import Clip, Cnn, Images, Llama, Pixels, Pruned, Written
 
 WIDTH, HEADS, VOCABULARY, MAX_LENGTH = 32, 2, 50, 64
 BATCH, LENGTH = {0: "batch"}, {0: "batch", 1: Dim("length", max=MAX_LENGTH)}
@@ -144,6 +144,10 @@ def floats(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -186,6 +190,7 @@ ZOO: dict[str, Case] = {
     "gpt2": Case(Gpt2Mlp, lambda seed: floats(2, 5, WIDTH, seed=seed), {"x": BATCH}),
     "images": Case(Images, lambda seed: floats(2, 3, 9, 9, seed=seed), {"x": BATCH}),
     "erf-gelu": Case(ErfGelu, lambda seed: floats(4, WIDTH, seed=seed)),
+    "pixels": Case(Pixels, lambda seed: pixels(2, 3, 8, 8, seed=seed), {"image": BATCH}),
 }
 
 # What only the passes can read: layers in arithmetic, writes in place, a decomposed program.

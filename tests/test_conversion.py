@@ -116,8 +116,9 @@ def input_of(node: fx.Node, index: int = 0) -> fx.Node:
 
 
 def reads(graph: Graph) -> list[Read]:
-    found = []
-    for quantizer, port in ((q, p) for q in graph.info.plan.quantizers for p in q.ports):
+    found, plan = [], graph.info.plan
+    taken = {f.name for f in plan.nodes if f.kind == "dequantize"}  # the model takes these integers: no node is left
+    for quantizer, port in ((q, p) for q in plan.quantizers for p in q.ports if p.node not in taken):
         node = graph.node(port.node)
         table = record(node).kind == "embedding"
         at = next(iter(node.users)) if table or port.role == "out" else dict(arguments(node))[port.role]

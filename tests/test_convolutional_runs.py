@@ -71,6 +71,15 @@ def test_the_pretrained_net_agrees_with_its_float_model_without_training(lite: R
     assert report["fidelity"]["engine"]["top1"] >= 0.94  # asked are 0.95: see the README
 
 
+def test_the_same_net_on_pixels_gives_integers_by_the_same_kernels(lite: Run, tmp_path: Path) -> None:
+    report, plan, int8 = run("efficientnet_lite0_pixels", tmp_path, train=False)
+    is_proved(report)
+    assert in_float(plan, int8) == set()
+    assert report["kernels"]["realized"] == lite[0]["kernels"]["realized"]
+    assert set(report["files"]["integers"]) == {"image", "logits"}
+    assert report["fidelity"]["engine"]["cosine_mean"] >= 0.99
+
+
 def test_what_is_not_so_is_seen(digits: Run) -> None:
     report, plan, int8 = digits
     first = next(f.name for f in plan.nodes if f.kind == "conv2d")

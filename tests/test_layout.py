@@ -24,7 +24,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(["rewriting", "planning"], 2),
     **dict.fromkeys(["frontend", "quantizers", "calibration", "conversion", "reference", "parity", "training"], 3),
     **dict.fromkeys(["report", "fidelity", "job", "kernels", "operators", "progress", "proof", "pattern_code"], 3),
-    **dict.fromkeys(["probing", "regions", "bias_correction", "saturation"], 3),
+    **dict.fromkeys(["probing", "regions", "bias_correction", "saturation", "borders"], 3),
     **dict.fromkeys(["passes", "backends"], 4),
     **dict.fromkeys(["", "api", "cli", "runner", "latency", "sources", "engines"], 5),
 }

@@ -193,7 +193,7 @@ def test_latency_is_that_of_the_target_s_engine(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_lacks_is_said() -> None:
-    with pytest.raises(PlanError, match="QG311"):
+    with pytest.raises(PlanError, match="QG313"):
         analyse(openvino_cpu, made().qat, made().model, BATCHES, BATCHES[0])
     with pytest.raises(LowerError, match="QG505"):
         openvino_cpu.session(b"no file")

@@ -98,7 +98,7 @@ def variants(made: Plan) -> Iterator[tuple[str, Plan]]:
     for f in fields(made):
         value = getattr(made, f.name)
         yield f.name, changed(f.name, other(value))
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and value:  # no output of this plan is integers
             for inner in fields(value[0]):
                 first = replace(value[0], **{inner.name: other(getattr(value[0], inner.name))})
                 yield f"{f.name}.{inner.name}", changed(f.name, (first, *value[1:]))

@@ -45,10 +45,11 @@ def engine(operation: str, kernel: str, case: dict[str, Any], out_grid: Grid, **
 
 
 @few
-@given(pools(), st.booleans())
-def test_an_average_equals_the_engine(case: dict[str, Any], include: bool) -> None:
-    want = engine("AveragePool", "QLinearAveragePool", case, case["out_grid"], count_include_pad=int(include))
-    assert steps(reference.average_pool(**case, count_include_pad=include), want) == 0
+@given(pools(), st.booleans(), st.booleans())
+def test_an_average_equals_the_engine(case: dict[str, Any], include: bool, ceil: bool) -> None:
+    how = {"count_include_pad": int(include), "ceil_mode": int(ceil)}
+    want = engine("AveragePool", "QLinearAveragePool", case, case["out_grid"], **how)
+    assert steps(reference.average_pool(**case, count_include_pad=include, ceil=ceil), want) == 0
 
 
 @few
@@ -60,12 +61,12 @@ def test_a_global_average_equals_the_engine(case: dict[str, Any]) -> None:
 
 
 @few
-@given(pools(), st.integers(1, 2))
-def test_a_maximum_equals_the_engine(case: dict[str, Any], dilation: int) -> None:
+@given(pools(), st.integers(1, 2), st.booleans())
+def test_a_maximum_equals_the_engine(case: dict[str, Any], dilation: int, ceil: bool) -> None:
     each = [dilation if n > 2 * (k - 1) else 1 for n, k in zip(case["x"].shape[2:], case["kernel"], strict=True)]
-    want = engine("MaxPool", "MaxPool", case, case["x_grid"], dilations=each)
+    want = engine("MaxPool", "MaxPool", case, case["x_grid"], dilations=each, ceil_mode=int(ceil))
     how = {k: case[k] for k in ("x", "kernel", "stride", "padding")}
-    assert steps(reference.max_pool(**how, dilation=each), want) == 0
+    assert steps(reference.max_pool(**how, dilation=each, ceil=ceil), want) == 0
 
 
 def steady() -> dict[str, Any]:

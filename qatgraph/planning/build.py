@@ -55,6 +55,7 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
         predictions=tuple(_prediction(c) for c in choices if c.rows and not _moves_floats(c)),
         decisions=(*(_decision(c, prices) for c in choices), *grid_decisions),
         hashes=hashes,
+        integer_outputs=tuple(o for c in choices if c.border is not None for o in c.fact.outputs),
     )
     context.recipe.budget.check(plan)
     return plan
@@ -75,7 +76,8 @@ def _prediction(choice: Choice) -> Prediction:
         reason = choice.held.why if choice.held else f"'{first.id}' does not fit: {why or choice.out[first.id]}"
         return Prediction(name, "", "", False, pinned=pinned, blocked_by=reason)
     if row.placement == "int8":
-        return Prediction(name, row.kernel, row.id, True, row.accumulator, row.k_order, row.requant, row.deviation)
+        how = row.accumulator, row.k_order, row.requant, row.deviation, row.finest
+        return Prediction(name, row.kernel, row.id, True, *how)
     best = next(((r, why or choice.out.get(r.id, "")) for r, why in choice.rows if r.placement == "int8"), None)
     blocked = choice.held.why if choice.held else row.why.format(**choice.fact.words())
     remedy = row.remedy.format(**choice.fact.words()) or (
@@ -132,8 +134,9 @@ def _quantizers(
     asked = {p: s for c in int8 for _, p, s in port_options(c, solution.choices, solution.readers)}
     for grid in solution.grids:
         first = next((p for p in grid.ports if p.role != "out"), grid.ports[0])
-        observed = first.role != "weight" and not is_dynamic(grid.options)
-        observer = "" if not observed else context.recipe.observer_of(first.node)
+        given = first.role == "weight" or is_dynamic(grid.options) or grid.options[0].scale is ScaleRule.FIXED
+        leaves = any(c.border is not None for v in grid.values if (c := solution.choices.get(v)) is not None)
+        observer = "" if given else "minmax" if leaves else context.recipe.observer_of(first.node)
         quantizers.append(Quantizer(str(first), grid.options[0], grid.values, grid.ports, observer))
         decisions.append(_grid_decision(str(first), grid, solution, shared, asked))
     at = {p: q for q in reversed(quantizers) for p in q.ports}
@@ -185,6 +188,8 @@ def _grid_decision(
         if sharing:
             _, first = min(sharing, key=lambda s: s[0])
             why += f"; {first.author}: {first.why}"
+    for border in (solution.choices[v].border for v in grid.values if v in solution.choices):
+        why += f"; {border.author}: {border.why}" if border is not None else ""
     wished = {p: asked[p] for p in grid.ports}
     lost = [
         Alternative(str(s), Author("row", _row_id(solution, port)), f"the other readers of {value} need {spec}")

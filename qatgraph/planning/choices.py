@@ -22,6 +22,7 @@ class Choice:
     held: Constraint | None = None  # the float constraint that holds the node
     int8s: list[Constraint] = field(default_factory=list)  # who wants it in int8
     asked: list[Constraint] = field(default_factory=list)  # who wants a grid or a form of bias
+    border: Constraint | None = None  # who wants the output that it is as integers
     out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -57,7 +58,7 @@ def context(choice: Choice, choices: Choices, readers: Readers) -> str:
         return "" if taken else "no kernel behind, which alone reads it, does it too"
     if needs in ("inputs-int8", "between-int8"):
         for role, value in fact.inputs:
-            if not _written_int8(value, choices):
+            if not written_int8(value, choices):
                 return f"its input {role}, '{value}', is not int8"
     if needs in ("readers-int8", "between-int8"):
         end = tail(choice, choices, readers)
@@ -124,7 +125,8 @@ def affected(demoted: Iterable[str], readers: Readers, choices: Choices) -> set[
     return found
 
 
-def _written_int8(value: str, choices: Choices) -> bool:
+def written_int8(value: str, choices: Choices) -> bool:
+    """Whether a kernel writes the value as integers, or it is made of such by what only moves elements."""
     producer = choices.get(value)
     if producer is None:
         return False
@@ -133,22 +135,24 @@ def _written_int8(value: str, choices: Choices) -> bool:
         head = _head(producer, choices) if producer.inside else producer
         return head is not None and head.row is not None and bool(head.row.out)
     moved = producer.fact.inputs if keeps_grid(producer.fact.kind) else ()
-    return bool(moved) and _written_int8(moved[0][1], choices)
+    return bool(moved) and written_int8(moved[0][1], choices)
 
 
 def _read_int8(value: str, choices: Choices, readers: Readers) -> bool:
-    """Whether all that read the value take integers, and somebody does."""
-    names = readers.get(value, ())
-    if not names or "output" in choices[value].fact.readers:
+    """Whether all that read the value take integers, and somebody does: also the caller of the model, if asked to."""
+    names, choice = readers.get(value, ()), choices[value]
+    returned = "output" in choice.fact.readers
+    if (returned and choice.border is None) or not (names or returned):
         return False
     return all(
-        _takes_integers(choices[n])
+        takes_integers(choices[n])
         if choices[n].int8
         else keeps_grid(choices[n].fact.kind) and _read_int8(n, choices, readers)
         for n in names
     )
 
 
-def _takes_integers(choice: Choice) -> bool:
+def takes_integers(choice: Choice) -> bool:
+    """Whether an int8 node reads integers, not floats that its kernel rounds by itself."""
     row = choice.row
     return row is not None and ((bool(row.x) and not row.dynamic_x) or row.needs == "before")

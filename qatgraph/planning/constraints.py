@@ -38,8 +38,9 @@ class Constraint:
     """One wish.
 
     ``float``: the node of the port stays in float. ``int8``: it may not stay in float. ``want``: the port takes
-    one of ``specs`` (or, for a bias, the ``form``). ``share``: all ports lie on one grid. ``derive``: the first
-    port's scale is the product of the others'.
+    one of ``specs`` (or, for a bias, the ``form``). ``integers``: the node is an output of the model, and shall leave
+    it as integers. ``share``: all ports lie on one grid. ``derive``: the first port's scale is the product of the
+    others'.
     """
 
     kind: str

@@ -36,8 +36,9 @@ class NodeFact:
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
-    ``output`` if the model returns it; ``low`` the smallest value that the operation can give, if it has one;
-    ``zeros`` says that it pads an image with zeros;
+    ``output`` if the model returns it, ``outputs`` then the names under which it does; ``low`` the smallest value that
+    the operation can give, if it has one; ``zeros`` says that it pads an image with zeros,
+    ``beyond`` that it averages windows that count padding, and may reach beyond it (``ceil_mode``);
     ``bytes`` its size on the example batch, and ``macs`` its multiply-accumulates there. ``absent`` says why no kernel
     is left of it, if none is: it is a ``constant`` (it depends on no input), or only gives a ``state`` of the model a
     new value.
@@ -58,7 +59,9 @@ class NodeFact:
     macs: int = 0
     low: float | None = None
     zeros: bool = False
+    beyond: bool = False
     absent: Literal["", "constant", "state"] = ""
+    outputs: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -75,6 +78,12 @@ class NodeFact:
         if weight is None or len(weight.shape) < 3:
             return False
         return weight.shape[1] == 1 < weight.shape[0] == self.x_shape[-len(weight.shape) + 1]
+
+    @property
+    def batched(self) -> bool:
+        """Whether samples and channels stand in front of the spatial axes of a convolution or pool."""
+        axes = self.kind[-2:-1]
+        return not axes.isdigit() or self.rank == int(axes) + 2
 
     def parameter(self, role: str) -> ParameterFact | None:
         return next((p for p in self.parameters if p.role == role), None)
@@ -132,6 +141,23 @@ def _reader_kinds(node: fx.Node) -> Iterator[str]:
                 yield from _reader_kinds(user)
 
 
+def _returned(graph: Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """The names of the outputs that each node is, also behind a dropout."""
+    from torch import fx
+    from torch.utils import _pytree as pytree
+
+    from qatgraph.ir.meta import has_record, record
+
+    found: dict[fx.Node, tuple[str, ...]] = {}
+    leaves = pytree.tree_leaves(graph.module.graph.output_node().args[0])
+    for name, node in zip(graph.info.outputs, leaves, strict=True):
+        while isinstance(node, fx.Node):
+            found[node] = (*found.get(node, ()), name)
+            dropout = has_record(node) and record(node).kind == "dropout"
+            node = node.args[0] if dropout else None
+    return found
+
+
 def _pads_images(node: fx.Node) -> bool:
     """Whether zeros are put around the spatial axes, and nothing is cut off."""
     from qatgraph.rewriting.matcher import attribute
@@ -140,6 +166,15 @@ def _pads_images(node: fx.Node) -> bool:
     plain = attribute(node, "mode") == "constant" and attribute(node, "value") in (None, 0)
     spatial = 2 * (node.meta["val"].ndim - 2)
     return plain and all(isinstance(e, int) and e >= 0 for e in ends) and not any(ends[spatial:])
+
+
+def _reaches_beyond(node: fx.Node) -> bool:
+    """Whether the last window of an average pool may count more than the padding, which torch does not."""
+    from qatgraph.rewriting.matcher import attribute
+
+    padding = attribute(node, "padding")
+    pads = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return bool(pads and attribute(node, "ceil_mode") and attribute(node, "count_include_pad"))
 
 
 def _low(node: fx.Node, kind: str) -> float | None:
@@ -191,7 +226,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
     def first_path(*nodes: fx.Node | None) -> str:
         return " * ".join(storage[id(graph.parameter(n))] for n in nodes if n is not None)
 
-    varying, needed = _varying(nodes), _needed(nodes)
+    varying, needed, returned = _varying(nodes), _needed(nodes), _returned(graph)
 
     def shape(value: object) -> tuple[Size, ...]:
         if not isinstance(value, torch.Tensor):
@@ -233,7 +268,9 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             macs=macs_of(node, known.kind),
             low=_low(node, known.kind),
             zeros=known.kind == "pad" and _pads_images(node),
+            beyond=known.kind.startswith("avg_pool") and _reaches_beyond(node),
             absent="constant" if node not in varying else "" if node in needed else "state",
+            outputs=returned.get(node, ()),
         )
 
     named = (n for n in nodes if has_record(n) and isinstance(value_of(n), torch.Tensor))

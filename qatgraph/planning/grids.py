@@ -138,7 +138,7 @@ def share(
             merged[key] = grid
             continue
         common = meet(have.options, grid.options)
-        if not common:
+        if not common or all(g.options[0].scale is ScaleRule.FIXED for g in (have, grid)):
             why = f"'{have.values[0]}' is {have.options[0]}, '{grid.values[0]}' is {grid.options[0]}"
             unshared += [(c, why) for c in shares if groups.root(value_at(c.ports[0], choices)) == key]
             merged[grid.values[0] + "/own"] = grid

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from qatgraph.ops import keeps_grid
-from qatgraph.planning.choices import Choice, Choices, Readers, tail
+from qatgraph.planning.choices import Choice, Choices, Readers, tail, takes_integers
 from qatgraph.planning.cost import Cost
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.grids import port_options
@@ -46,8 +46,9 @@ def looks_up(choice: Choice) -> bool:
 
 def reads_floats(value: str, borders: Borders, choices: Choices, readers: Readers) -> bool:
     """Whether something reads the value as floats: a float operation, or whoever runs the model."""
-    return "output" in choices[value].fact.readers or any(
-        not choices[n].int8
+    choice = choices[value]
+    return ("output" in choice.fact.readers and choice.border is None) or any(
+        not (choices[n].inside or (choices[n].int8 and takes_integers(choices[n])))
         and not (keeps_grid(choices[n].fact.kind) and not reads_floats(n, borders, choices, readers))
         for n in readers.get(value, ())
     )

@@ -23,8 +23,8 @@ VERSION = 2
 class Quantizer:
     """One grid: ``ports`` share it, ``values`` are the tensors that it stands on (a node, an input or a parameter).
 
-    ``observer`` says how an activation's range is found; weights compute theirs. ``derived_from`` names the
-    quantizers whose scales multiply to this one's.
+    ``observer`` says how an activation's range is found; weights compute theirs, and a fixed grid has none to find.
+    ``derived_from`` names the quantizers whose scales multiply to this one's.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Prediction:
     """The kernel that the engine will choose; alternatives are joined by ``|``.
 
     An empty one means any float kernel, or, of an int8 node, that it is a part of another node's kernel.
-    ``accumulator``, ``k_order``, ``requant`` and ``deviation`` are those of the row, see ``target.Row``.
+    ``accumulator``, ``k_order``, ``requant``, ``deviation`` and ``finest`` are those of the row, see ``target.Row``.
     """
 
     node: str
@@ -107,6 +107,7 @@ class Prediction:
     k_order: str = ""
     requant: str = ""
     deviation: int = 0
+    finest: float = 0.0
     pinned: bool = False
     blocked_by: str = ""
     remedy: str = ""
@@ -119,7 +120,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """``requires``, ``backend`` and ``opset`` come from the target's table, so that a plan lowers without it."""
+    """``requires``, ``backend`` and ``opset`` come from the target's table, so that a plan lowers without it.
+
+    ``integer_outputs`` are the names of the outputs that leave the model as integers.
+    """
 
     target: str
     requires: str
@@ -133,6 +137,7 @@ class Plan:
     predictions: tuple[Prediction, ...]
     decisions: tuple[Decision, ...]
     hashes: dict[str, str] = field(default_factory=dict)
+    integer_outputs: tuple[str, ...] = ()
     version: int = VERSION
 
     def placement(self, node: str) -> Placement:

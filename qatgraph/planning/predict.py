@@ -45,8 +45,12 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         return f"the row is for {need} shape, the input is {fact.words()['shape']}"
     if row.reads and len(fact.inputs) != row.reads:
         return f"the row is for {row.reads} activations, the node reads {len(fact.inputs)}"
+    if row.batched and not fact.batched:
+        return f"the row is for batches, the input is {fact.words()['shape']}"
     if row.depthwise is not None and row.depthwise != fact.depthwise:
         return f"the row is for {'one filter' if row.depthwise else 'several filters'} a channel"
+    if row.beyond is not None and row.beyond != fact.beyond:
+        return "its last window reaches beyond the padding, which the engine's kernel counts and torch does not"
     reader = next((k for k in fact.readers if k in row.not_read_by), None)
     if reader is not None:
         return (

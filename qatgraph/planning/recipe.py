@@ -13,7 +13,7 @@ from qatgraph.ir.names import is_glob, matches, select
 from qatgraph.planning.budget import Budget
 from qatgraph.planning.constraints import RECIPE_GLOB, RECIPE_NAMED, Author, Constraint, Port
 from qatgraph.planning.facts import NodeFact
-from qatgraph.planning.target import BiasForm, Spec
+from qatgraph.planning.target import BiasForm, Spec, no_quantizer
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 from qatgraph.specs import QuantSpec, parse_observer
 
@@ -21,6 +21,13 @@ from qatgraph.specs import QuantSpec, parse_observer
 def _observer(text: str) -> str:
     parse_observer(text)
     return text
+
+
+def _weight(spec: QuantSpec) -> QuantSpec:
+    why = no_quantizer("", "weight", spec)
+    if why:
+        raise ValueError(f"no quantizer makes weight = '{spec}': {why}")
+    return spec
 
 
 Observer = Annotated[str, AfterValidator(_observer)]
@@ -32,7 +39,7 @@ class Override(UserModel):
     select: str
     place: Literal["float", "int8"] | None = None
     x: Spec | None = None
-    weight: Spec | None = None
+    weight: Annotated[Spec, AfterValidator(_weight)] | None = None
     bias: BiasForm | None = None
     observer: Observer | None = None
     why: str = ""
@@ -41,11 +48,14 @@ class Override(UserModel):
 class Recipe(UserModel):
     """``observer`` chooses activation ranges; ``override`` lists the exceptions. Later lines win among equals.
 
+    ``integer_outputs``: names (or globs) of outputs that leave the model as integers. Their grids span all that
+    calibration saw, whatever the observer: the largest logits would be equal where it cuts them off.
     ``budget`` decides nothing: a plan that misses it is refused.
     """
 
     name: str = "int8"
     observer: Observer = "mse"
+    integer_outputs: tuple[str, ...] = ()
     override: tuple[Override, ...] = ()
     budget: Budget = Budget()
 
@@ -71,6 +81,27 @@ class Recipe(UserModel):
                 if line.bias is not None:
                     port = (Port(name, "bias"),)
                     found.append(Constraint("want", port, author, why, form=line.bias, strength=strength, line=i))
+        return found + self._borders(facts)
+
+    def _borders(self, facts: tuple[NodeFact, ...]) -> list[Constraint]:
+        """The outputs that shall be integers.
+
+        Raises:
+            PlanError: QG301 no float output bears the name, QG312 the same value is also an output in float.
+        """
+        author, names = Author("recipe", self.name, "integer_outputs"), [o for f in facts for o in f.outputs]
+        asked = {o for line in self.integer_outputs for o in select(line, names, where=str(author))}
+        found = []
+        for fact in (f for f in facts if asked.intersection(f.outputs)):
+            other = next((o for o in fact.outputs if o not in asked), None)
+            if other is not None:
+                raise PlanError(
+                    "QG312", f"one value cannot be the output '{min(asked & {*fact.outputs})}' as integers and "
+                    f"'{other}' in float", where=str(author), why=f"both are '{fact.name}', which one kernel writes",
+                    todo=f"add '{other}' to integer_outputs",
+                )  # fmt: skip
+            why = f"the recipe '{self.name}' wants the output '{fact.outputs[0]}' as integers"
+            found.append(Constraint("integers", (Port(fact.name, "out"),), author, why))
         return found
 
     def observer_of(self, node: str) -> Observer:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qatgraph.errors import PlanError
-from qatgraph.planning.choices import Choice, Choices, Readers, affected, context, readers_of
+from qatgraph.ops import keeps_grid
+from qatgraph.planning.choices import Choice, Choices, Readers, affected, context, readers_of, written_int8
 from qatgraph.planning.constraints import RECIPE_NAMED, Constraint
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.grids import Grid, conflicts, grids_of, share
@@ -56,6 +57,7 @@ def solve(facts: tuple[NodeFact, ...], target: Target, constraints: Iterable[Con
         pending = affected(failing, readers, choices)
     for choice in choices.values():
         _keep_or_refuse(choice, target)
+        _write_or_refuse(choice, choices, target)
     grids, unshared = share(grids_of(choices, readers), [c for c in ordered if c.kind == "share"], choices)
     return Solution(choices, readers, grids, unshared)
 
@@ -73,7 +75,10 @@ def _start(fact: NodeFact, target: Target, constraints: list[Constraint]) -> Cho
         float_only=held is not None,
     )
     asked = [c for c in constraints if c.kind == "want"]
-    return Choice(fact, wants, [] if fact.absent else candidates(target, fact, wants), held, int8s, asked)
+    border = next((c for c in constraints if c.kind == "integers"), None)
+    return Choice(
+        fact, wants, [] if fact.absent else candidates(target, fact, wants), held, int8s, asked, border=border
+    )
 
 
 def _grids(constraints: list[Constraint], role: str) -> tuple[QuantSpec, ...]:
@@ -94,6 +99,32 @@ def _keep_or_refuse(choice: Choice, target: Target) -> None:
         why="; ".join(f"{r.id}: {why}" for r, why in rows) or _no_row(choice.fact),
         todo="remove the line, or choose another target",
     )
+
+
+def _write_or_refuse(choice: Choice, choices: Choices, target: Target) -> None:
+    """An output that shall be integers has a kernel that writes them."""
+    if choice.border is None or (choice.int8 and written_int8(choice.fact.name, choices)):
+        return
+    raise PlanError(
+        "QG312",
+        f"the output '{choice.fact.outputs[0]}' cannot be integers on {target.name}",
+        where=str(choice.border.author),
+        why=_no_writer(choice, choices),
+        todo="leave it out, and it is float; or let the operation in front of it fit a row that writes integers",
+    )
+
+
+def _no_writer(choice: Choice, choices: Choices) -> str:
+    """Why no kernel writes the value as integers: the rows that would, of the operation that computes it."""
+    fact = choice.fact
+    if choice.held is not None:
+        return f"'{fact.name}': {choice.held.why}"
+    rows = [(r, why or choice.out.get(r.id, "")) for r, why in choice.rows if r.placement == "int8"]
+    reasons = [f"{r.id}: {why}" for r, why in rows if r.out and why]
+    source = fact.inputs[0][1] if fact.inputs else ""
+    if source in choices and (keeps_grid(fact.kind) or any(r.needs == "inside" for r, _ in rows)):
+        return _no_writer(choices[source], choices)
+    return f"'{fact.name}': " + ("; ".join(reasons) or _no_row(fact))
 
 
 def _no_row(fact: NodeFact) -> str:

@@ -41,25 +41,26 @@ LAYERS = ("linear", "conv1d", "conv2d", "conv3d")  # their weights are [out, in,
 class Row(UserModel):
     """What a target does with one kind of operation in one context.
 
-    ``op``: a kind, or several joined by ``|``; so with ``kernel``, where it is empty for what runs inside the kernel
-    of another node. ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering
-    writes it. ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row
-    (``[1, .., N]``) or vector (``[N]``). ``depthwise``: whether each channel has a filter of its own and nothing
-    else. ``reads``: how many activations it takes; constants and numbers do not count. ``not_read_by``: kinds that must
-    not read the result. ``fuses_after``: kinds of one region with this node that its kernel takes in, if their smallest
-    value is 0; the grid ``out`` stands behind them. ``fuses_before``: kinds that it takes in on the way to ``x``, if it
-    alone reads them: a ``pad`` with zeros; the grid stands in front of them.
-    ``needs``: ``inputs-int8``, every input is written as integers; ``readers-int8``, every reader takes integers;
-    ``between-int8``, both; ``inside``, the node in front has a row that takes this one in; ``before``, the one
-    behind.
+    ``op``: a kind, or several joined by ``|``; so with ``kernel``, where it is empty for what runs inside the kernel of
+    another node. ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering
+    writes it. ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row (``[1,
+    .., N]``) or vector (``[N]``). ``batched``: the input has samples and channels in front of its spatial axes.
+    ``depthwise``: whether each channel has a filter of its own and nothing else. ``beyond``: whether windows of an
+    average that count padding may reach beyond it. ``reads``: how many activations it takes; constants and numbers do
+    not count. ``not_read_by``: kinds that must not read the result. ``fuses_after``: kinds of one region with this node
+    that its kernel takes in, if their smallest value is 0; the grid ``out`` stands behind them. ``fuses_before``: kinds
+    that it takes in on the way to ``x``, if it alone reads them: a ``pad`` with zeros; the grid stands in front of
+    them. ``needs``: ``inputs-int8``, every input is written as integers; ``readers-int8``, every reader takes integers;
+    ``between-int8``, both; ``inside``, the node in front has a row that takes this one in; ``before``, the one behind.
 
     ``requant``: ``float-result``, float32 ``acc * (s_x * s_w)``, which is not rounded to a grid; ``scaled-sum``,
     ``round_half_even(acc * float32(s_x * s_w / s_y)) + z_y``; ``through-float``, the operation in float32 between a
     dequantize and a quantize, as ONNX Runtime's kernels have it; ``in-float``, the same as torch has it, of a product
     on exact sums, with the engine's own quantize behind; ``moved``, the integers as they are. ``deviation``: by how
-    many steps the engine may differ from it. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products
-    are first added in pairs to 16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs
-    lie, the rows ``[N, K]`` of a matrix or the channels of each position of a filter.
+    many steps the engine may differ from it. ``finest``: the step of the result is at least this share of that of the
+    input, or the engine fails. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added
+    in pairs to 16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows
+    ``[N, K]`` of a matrix or the channels of each position of a filter.
 
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
     """
@@ -72,7 +73,9 @@ class Row(UserModel):
     form: str = ""
     rank: tuple[int, ...] = ()
     dynamic: bool | None = None
+    batched: bool = False
     depthwise: bool | None = None
+    beyond: bool | None = None
     reads: int = 0
     x: tuple[Spec, ...] = ()
     weight: tuple[Spec, ...] = ()
@@ -85,6 +88,7 @@ class Row(UserModel):
     remedy: str = ""
     requant: Requant = ""
     deviation: int = Field(default=0, ge=0)
+    finest: float = Field(default=0.0, ge=0)
     accumulator: Accumulator = ""
     k_order: KOrder = ""
     versions: str = ""
@@ -120,7 +124,7 @@ class Row(UserModel):
         """Refuse a grid that a plan could name and no quantizer makes."""
         for role in ("x", "out", "weight") if self.placement == "int8" else ():
             for spec in getattr(self, role):
-                why = _no_quantizer(self.op, role, spec)
+                why = no_quantizer(self.op, role, spec)
                 if why:
                     raise ValueError(f"row '{self.id}': no quantizer makes {role} = '{spec}': {why}")
         return self
@@ -133,7 +137,7 @@ class Row(UserModel):
         return self
 
 
-def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
+def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     """Why a grid cannot be trained at this place; empty if it can."""
     if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
         return "that is the grid of a bias: bias = ['int32']"
@@ -142,6 +146,8 @@ def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
         return "" if fits else "a grid that is found at run time is x = 'u8 affine per-tensor dynamic'"
     if spec.block is not None:
         return _no_blocks(op, role, spec)
+    if (spec.scale is ScaleRule.FIXED) != (op == "dequantize"):
+        return "fixed is the grid of an integer input: it stands in the row of 'dequantize', and alone there"
     if role != "weight":
         if spec.axis is not None:
             return "an activation has one scale: per-tensor"

@@ -16,6 +16,7 @@ from qatgraph.probing.draws import Draw
 from qatgraph.probing.operation import Operation, integers
 from qatgraph.probing.products import real_bias
 from qatgraph.reference import Array
+from qatgraph.reference.pooling import pool_windows
 from qatgraph.reference.products import conv_shape, window
 
 Values = Mapping[str, Array]
@@ -133,7 +134,9 @@ def _draw_pool(axes: int, *, average: bool) -> Any:
         shape = (*_few(draw, 2, 1, 5), *(k + n for k, n in zip(kernel, _few(draw, axes, 0, 4), strict=True)))
         x = draws.activation(draw, draws.one_of(draw, row.x or (draws.U8,)), shape)
         own = {"count_include_pad": draws.flag(draw)} if average else {}
-        attributes = {"kernel": kernel, "stride": stride, "padding": padding} | own
+        counts = own.get("count_include_pad", False) and any(padding)
+        ceil = (row.beyond is None or not counts) and draws.flag(draw)
+        attributes = {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil} | own
         return {"form": row.form, "inputs": {"x": x}, "attributes": attributes}
 
     return draw_one
@@ -149,7 +152,7 @@ def _max_pool(case: Case, values: Values) -> Array:
 def _average_pool(case: Case, values: Values) -> Array:
     size, x = case.attributes, values["x"]
     inside = np.ones_like(x)
-    counts = _windows(inside, size, pads(case), float(size["count_include_pad"]))
+    counts = _windows(inside, size, pads(case), float(size["count_include_pad"] and any(size["padding"])))
     found: Array = np.sum(_windows(x, size, pads(case), 0.0), 0) / np.sum(counts, 0)
     return found
 
@@ -157,8 +160,10 @@ def _average_pool(case: Case, values: Values) -> Array:
 def _windows(x: Array, size: Mapping[str, Any], padding: list[tuple[int, int]], fill: float) -> list[Array]:
     """What each position of the window meets."""
     each = [1] * (x.ndim - 2)
-    out = conv_shape(x.shape[2:], size["kernel"], stride=size["stride"], padding=padding, dilation=each)
-    padded = np.pad(x, [(0, 0), (0, 0), *padding], constant_values=fill)
+    how = {"stride": size["stride"], "padding": padding, "dilation": each, "ceil": size["ceil"]}
+    out, beyond = pool_windows(x.shape[2:], size["kernel"], **how)
+    ends = [(before, after + more) for (before, after), more in zip(padding, beyond, strict=True)]
+    padded = np.pad(x, [(0, 0), (0, 0), *ends], constant_values=fill)
     return [padded[window(at, out, size["stride"], each)] for at in product(*map(range, size["kernel"]))]
 
 
@@ -167,7 +172,7 @@ def _integer_average(case: Case) -> Array:
     assert out is not None
     return reference.average_pool(
         x.q, x.grid.plain, out.plain, size["kernel"], stride=size["stride"], padding=pads(case),
-        count_include_pad=size["count_include_pad"],
+        count_include_pad=size["count_include_pad"] and any(size["padding"]), ceil=size["ceil"],
     )  # fmt: skip
 
 
@@ -200,8 +205,7 @@ CONVOLUTIONS = {
         )
         for n in (1, 2, 3)
     },
-    # MLAS refuses 256 input steps in one of the result and more: a grid over averages that never reach one input step
     "global_avg_pool": Operation(
-        _draw_global, _global_average, {"through-float": integers(_integer_global)}, finest=1 / 128, free_axes=1
+        _draw_global, _global_average, {"through-float": integers(_integer_global)}, free_axes=1
     ),
 }

@@ -20,6 +20,7 @@ from qatgraph.probing.products import PRODUCTS
 from qatgraph.probing.readers import HIGHEST, READERS, draw_readers
 from qatgraph.specs import DType
 
+BORDER = "dequantize"  # of integers that the model takes: what reads them is an operation of another row
 OPERATIONS: dict[str, Operation] = {**PRODUCTS, **CONVOLUTIONS, **ELEMENTWISE, **FLOATS}
 
 
@@ -47,6 +48,10 @@ def draw_case(draw: Draw, target: Target, row: Row, engine: Engine) -> Case:
         TargetError: QG406 its operation is unknown.
     """
     kind, activation = draws.one_of(draw, row.op.split("|")), ""
+    taken = kind == BORDER
+    if taken:
+        row = draws.one_of(draw, [r for r in target.row if r.x and _meet(r, row)])
+        kind = draws.one_of(draw, row.op.split("|"))
     if row.needs in ("inside", "before"):
         activation = kind if row.needs == "inside" else ""
         row = draws.one_of(draw, hosts(target, kind))
@@ -57,7 +62,13 @@ def draw_case(draw: Draw, target: Target, row: Row, engine: Engine) -> Case:
     quantized = row.placement == "int8" or (claims_no_kernel(target, row) and draws.flag(draw))
     case = Case(row, kind, **operation.draw(draw, row), quantized=quantized, activation=activation)
     case = replace(case, out=_out(draw, target, case, operation))
-    return _in_context(draw, case, operation, engine) if engine.neighbours else case
+    case = _in_context(draw, case, operation, engine) if engine.neighbours else case
+    return replace(case, border="integers") if taken else case
+
+
+def _meet(reader: Row, taken: Row) -> bool:
+    """Whether a row reads the integers that the model takes, of whatever grid."""
+    return all(spec.meet(grid) is not None for spec in reader.x for grid in taken.out)
 
 
 def hosts(target: Target, kind: str) -> list[Row]:
@@ -87,7 +98,7 @@ def _out(draw: Draw, target: Target, case: Case, operation: Operation) -> Grid |
     if case.activation:
         return draws.grid_above(draw, spec, values, HIGHEST[case.activation])
     grid = draws.grid_over(draw, spec, values)
-    finest = [operation.finest * float(o.grid.scale) for o in case.inputs.values()]
+    finest = [row.finest * float(o.grid.scale) for o in case.inputs.values()]
     return replace(grid, scale=np.maximum(grid.scale, np.float32(max(finest, default=0.0))))
 
 

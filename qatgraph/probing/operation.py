@@ -41,7 +41,6 @@ class Operation:
     draw: Callable[[Draw, Row], dict[str, Any]]
     apply: Callable[[Case, Mapping[str, Array]], Array]
     exact: Mapping[str, Callable[[Case], Expected]] = field(default_factory=dict)
-    finest: float = 0.0  # the step of the result is at least this share of the input's
     free_axes: int = -1  # so many axes of x in front may have no size in the file; -1: all but the last
 
 

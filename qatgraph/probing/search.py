@@ -17,7 +17,7 @@ from qatgraph.errors import LowerError, TargetError
 from qatgraph.ops import keeps_grid
 from qatgraph.planning.target import Row, Target
 from qatgraph.probing.cases import GONE, Case, Engine, Realized
-from qatgraph.probing.draw import draw_case, hosts, operation_of
+from qatgraph.probing.draw import BORDER, draw_case, hosts, operation_of
 from qatgraph.probing.operation import Expected, Operation, real
 from qatgraph.probing.products import FLOAT_STEP
 from qatgraph.probing.readers import HIGHEST, behind
@@ -57,7 +57,7 @@ def probe(target: Target, engine: Engine, *, rows: str, examples: int, progress:
         todo = f"see `qatgraph targets {target.name}`"
         raise TargetError("QG407", f"no row fits '{rows}'", where=target.name, why=f"its rows are {known}", todo=todo)
     alone = (r for r in chosen if r.placement != "host" and r.needs not in ("inside", "before"))
-    for kind in (k for r in alone for k in r.op.split("|")):
+    for kind in (k for r in alone for k in r.op.split("|") if k != BORDER):
         operation_of(kind)
     with _no_traces():
         found = tuple(probe_row(target, row, engine, examples) for row in track(chosen, "probe", show=progress))

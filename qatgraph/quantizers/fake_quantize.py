@@ -84,8 +84,8 @@ class ActivationFakeQuantize(FakeQuantize):
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0.0))
 
-    def settle(self) -> None:
-        """Turn what was observed into the grid.
+    def settle(self, least: float = 0.0) -> None:
+        """Turn what was observed into the grid, of steps of at least ``least``.
 
         Behind a clamp, a range of zeros becomes that of the clamp, up to steps of 1: an engine takes a clamp into the
         kernel in front of it only if the grid ends there.
@@ -94,6 +94,9 @@ class ActivationFakeQuantize(FakeQuantize):
         if self.bound is not None and self.bound > 0 and not bool(low.any() | high.any()):
             high = torch.full_like(high, min(self.bound, self.spec.qmax - self.spec.qmin))
         scale, zero = range_grid(low, high, self.spec)
+        if scale < least:
+            wider = least / scale
+            scale, zero = range_grid(low * wider, high * wider, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
         self.switch_on()
@@ -105,6 +108,18 @@ class ActivationFakeQuantize(FakeQuantize):
         if not self.on:
             return x
         return straight_through(x, self.scale, self.zero_point, self.qmin, self.qmax, None)
+
+
+class FixedFakeQuantize(ActivationFakeQuantize):
+    """The grid of an integer input: the model says it, calibration leaves it alone; what lies on it passes as it is."""
+
+    def __init__(self, spec: QuantSpec, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        super().__init__(spec, "minmax")
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def settle(self, least: float = 0.0) -> None:
+        self.switch_on()
 
 
 class WeightFakeQuantize(FakeQuantize):

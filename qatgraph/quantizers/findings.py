@@ -9,7 +9,7 @@ import torch
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.masks import weight_of
 from qatgraph.ir.names import quantizer_name
-from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from qatgraph.quantizers.fake_quantize import ActivationFakeQuantize, FixedFakeQuantize, WeightFakeQuantize
 from qatgraph.quantizers.grids import weight_scale
 from qatgraph.quantizers.observers import MinMax
 
@@ -33,7 +33,7 @@ def findings(graph: Graph) -> list[str]:
 
 def _activation(module: ActivationFakeQuantize) -> Iterator[str]:
     observer = module.observer
-    if not isinstance(observer, MinMax):
+    if not isinstance(observer, MinMax) or isinstance(module, FixedFakeQuantize):
         return
     low, high = float(observer.low), float(observer.high)
     if low == high == 0:
