@@ -238,11 +238,11 @@ def run_taps(
     yield from ort_taps.read_taps(runs, names)
 
 
-def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
-    """ONNX Runtime on an instruction set, for probing; see ``ort_probe.engine``."""
+def engine(target: Target, isa: str, version: str) -> AbstractContextManager[Engine]:
+    """ONNX Runtime on an instruction set and in a version, for probing; see ``ort_probe.engine``."""
     from qatgraph.backends import ort_probe
 
-    return ort_probe.engine(target, isa)
+    return ort_probe.engine(target, isa, version)
 
 
 def median_latencies(

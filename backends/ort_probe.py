@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine for probing: natively, or on an instruction set that is emulated."""
+"""ONNX Runtime as an engine for probing: natively, on an instruction set that is emulated, or in another version."""
 
 from __future__ import annotations
 
@@ -28,32 +28,35 @@ class Machine(Protocol):
 
 
 @contextmanager
-def engine(target: Target, isa: str) -> Iterator[Engine]:
-    """ONNX Runtime on an instruction set: ``native``, or one of ``emulation.CPUS``.
+def engine(target: Target, isa: str, version: str) -> Iterator[Engine]:
+    """ONNX Runtime on an instruction set (``native``, or one of ``emulation.CPUS``), in a version; empty: the
+    installed one.
 
     Raises:
         TargetError: QG409 the instruction set is unknown.
-        VerifyError: QG608 there is no emulator.
+        VerifyError: QG608 there is no emulator, QG611 what is not installed cannot be fetched.
     """
     import onnxruntime
 
-    version = f"onnxruntime {onnxruntime.__version__}"
-    if isa == NATIVE:
-        with tempfile.TemporaryDirectory() as folder:
-            yield _engine(target, Native(Path(folder)), f"{version} on {native_isa()}")
-        return
-    if isa not in emulation.CPUS:
+    if isa not in (NATIVE, *emulation.CPUS):
         known = ", ".join((NATIVE, *emulation.CPUS))
         what, todo = f"there is no instruction set '{isa}'", "name one of them"
         raise TargetError("QG409", what, where="isa", why=f"known are {known}", todo=todo)
-    cpu = emulation.CPUS[isa]
-    with emulation.Worker(cpu) as worker:
-        yield _engine(target, worker, f"{version} on {isa}, an emulated {cpu}")
+    cpu = emulation.CPUS.get(isa, "")
+    place = f"{isa}, an emulated {cpu}" if cpu else native_isa()
+    version = version or onnxruntime.__version__
+    if not cpu and version == onnxruntime.__version__:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _engine(target, Native(Path(folder)), version, place)
+        return
+    with emulation.Worker(cpu, version) as worker:
+        yield _engine(target, worker, version, place)
 
 
-def _engine(target: Target, machine: Machine, title: str) -> Engine:
+def _engine(target: Target, machine: Machine, version: str, place: str) -> Engine:
     relu = next((row.form for row in target.rows("relu") if row.placement != "int8"), "")
-    return Engine(title, lambda case: realize(case, machine, target.opset, relu), neighbours=True)
+    title = f"onnxruntime {version} on {place}"
+    return Engine(title, lambda case: realize(case, machine, target.opset, relu), neighbours=True, version=version)
 
 
 class Native:

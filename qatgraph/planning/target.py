@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from functools import cache
 from importlib import resources
@@ -57,7 +58,8 @@ class Row(UserModel):
     dequantize and a quantize; ``moved``, the integers as they are. ``deviation``: by how many steps the engine may
     differ from it. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added in pairs to
     16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows ``[N, K]`` of a
-    matrix or the channels of each position of a filter.
+    matrix or the channels of each position of a filter. ``versions``: the engine that the row speaks of, and the
+    oldest version, ``onnxruntime >= 1.24.1``.
 
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
     """
@@ -85,13 +87,17 @@ class Row(UserModel):
     deviation: int = Field(default=0, ge=0)
     accumulator: Accumulator = ""
     k_order: KOrder = ""
-    versions: str = ""
+    versions: str = Field(default="", pattern=r"^([\w-]+ >= [\w.]+)?$")
     source: str = ""
 
     @property
     def moves(self) -> bool:
         """Whether the input and the result lie on one grid."""
         return self.placement == "int8" and self.requant == "moved"
+
+    def claims(self, version: str) -> bool:
+        """Whether the row speaks of a version of its engine; of one without a number it does."""
+        return not version or ordered(version) >= ordered(self.versions.rpartition(" ")[2])
 
     @field_validator("why", "remedy")
     @classmethod
@@ -121,6 +127,12 @@ class Row(UserModel):
         return self
 
 
+def ordered(version: str) -> tuple[int, ...]:
+    """Versions as they follow each other: the numbers in front of what is no number, ``1.31.1`` as (1, 31, 1)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
 def _no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     """Why a grid cannot be trained at this place; empty if it can."""
     if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
@@ -144,7 +156,8 @@ class Target(UserModel):
 
     ``pipeline`` is the text of the planning passes that are asked, by default the built-in ones. ``requires`` is what
     the CPU must have, or the file would be quietly wrong: with ``vnni`` (AVX512-VNNI, AVX-VNNI or AMX) no sum of
-    products passes through 16 bits, so that rows may use the full range of a weight.
+    products passes through 16 bits, so that rows may use the full range of a weight. ``tested``: the oldest and the
+    newest version of the engine on which every row was probed that speaks of it.
 
     ``extends`` names another target, or a TOML file beside this one. Its table is taken over but for name and
     description: ``without`` lists the ids of rows that go, a row with the id of one of its rows gives the keys that
@@ -158,6 +171,7 @@ class Target(UserModel):
     requires: Requires = ""
     backend: str = ""
     opset: int = 0
+    tested: tuple[str, str] | None = None
     pipeline: str = "plan"
     row: tuple[Row, ...] = Field(min_length=1)
 

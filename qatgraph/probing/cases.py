@@ -127,11 +127,13 @@ class Realized:
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that does cases. ``neighbours``: whether it does what reads the result, too, as a file must."""
+    """Something that does cases. ``neighbours``: whether it does what reads the result, too, as a file must;
+    ``version``: its number, empty if it has none."""
 
     title: str
     realize: Callable[[Case], Realized]
     neighbours: bool = False
+    version: str = ""
 
 
 def numbers(values: Array) -> str:
