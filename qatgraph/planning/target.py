@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, fi
 from qatgraph.errors import TargetError, nearest
 from qatgraph.planning.extending import taken_over
 from qatgraph.planning.facts import WORDS
+from qatgraph.planning.shadowed import never_chosen
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 from qatgraph.rewriting.plugins import Plugins, distribution
 from qatgraph.specs import DType, QuantSpec, ScaleRule, Scheme
@@ -126,6 +127,15 @@ class Row(UserModel):
             raise ValueError(f"row '{self.id}': it moves integers, so x and out are the same grids")
         return self
 
+    @model_validator(mode="after")
+    def _writes_what_it_says(self) -> Row:
+        """Integers need a grid, floats have none."""
+        floats = self.requant == "float-result"
+        if self.placement == "int8" and self.requant not in ("", "moved") and bool(self.out) == floats:
+            has = "a grid 'out'" if self.out else "no grid 'out'"
+            raise ValueError(f"row '{self.id}': its result is {self.requant}, and it has {has}")
+        return self
+
 
 def ordered(version: str) -> tuple[int, ...]:
     """Versions as they follow each other: the numbers in front of what is no number, ``1.31.1`` as (1, 31, 1)."""
@@ -187,6 +197,12 @@ class Target(UserModel):
     def _lowers(self) -> Target:
         if self.backend and not self.opset:
             raise ValueError("a target with a backend says which ONNX opset it takes: opset = 23")
+        return self
+
+    @model_validator(mode="after")
+    def _every_row_is_of_use(self) -> Target:
+        if told := never_chosen(self.row):
+            raise ValueError(f"{told}; order them from best to last, or leave one out")
         return self
 
     def rows(self, op: str) -> tuple[Row, ...]:
