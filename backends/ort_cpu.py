@@ -43,6 +43,13 @@ INT8_KERNELS = frozenset(
 )  # fmt: skip
 
 
+def version() -> str:
+    """Of the engine that is installed."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file."""
     metadata = {"qatgraph.plan": plan.hash(), "qatgraph.target": plan.target}

@@ -231,6 +231,8 @@ def verify(
 ) -> Report:
     """Prove an artifact: kernels, overflow, every region against the integer reference, distance to the models.
 
+    With an engine of a version that the target was not tested with, the rows that the plan uses are probed as well.
+
     Args:
         qat: the model that was lowered.
         artifact: the file.
@@ -243,12 +245,16 @@ def verify(
     """
     from qatgraph.ir.graph import Graph
     from qatgraph.proof import prove
+    from qatgraph.tested import check_version
 
     path = Path(artifact)
     if not path.is_file():
         raise VerifyError("QG604", f"there is no file '{path.name}'", where=str(path.parent), todo="lower first")
-    backend = load_backend(Graph.prepared(qat).info.plan)
-    return prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)
+    plan = Graph.prepared(qat).info.plan
+    backend = load_backend(plan)
+    report = prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)
+    check_version(report, plan, backend)
+    return report
 
 
 def probe(
