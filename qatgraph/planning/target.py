@@ -201,7 +201,7 @@ class Target(UserModel):
 
     @model_validator(mode="after")
     def _every_row_is_of_use(self) -> Target:
-        if told := never_chosen(self.row):
+        if not self.extends and (told := never_chosen(self.row)):  # rows of its own may hide those of the base
             raise ValueError(f"{told}; order them from best to last, or leave one out")
         return self
 
