@@ -1,4 +1,5 @@
-"""Runs files on an x86 CPU that this machine is not: user-mode emulation by qemu (Debian package qemu-user)."""
+"""Runs files on a CPU that this machine is not, by qemu in user mode (Debian package qemu-user), or in another
+onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,11 +16,16 @@ from typing import IO
 
 import numpy as np
 
+from qatgraph.backends import fetched
 from qatgraph.errors import LowerError, VerifyError
 from qatgraph.reference import Array
 
 EMULATOR = "qemu-x86_64"
-CPUS = {"avx2": "Haswell", "sse": "Nehalem"}  # instruction set without VNNI -> a CPU that has it and no more
+ARM_EMULATOR = "qemu-aarch64"
+# instruction set -> a CPU that has it and no more: x86 without VNNI, 64-bit Arm without and with dot products
+X86_CPUS = {"avx2": "Haswell", "sse": "Nehalem"}
+ARM_CPUS = {"arm64": "cortex-a72", "arm64-dot": "neoverse-n1"}
+CPUS = X86_CPUS | ARM_CPUS
 # Runs inside the emulator, where only numpy and the engine are needed. A message is frames of 8 bytes of length and the
 # content: file, feed (npz) and "y" for the optimized graph; back come an error, the graph and the outputs (npz). The
 # engine's own part has a function ``answer`` that gives these three.
@@ -59,6 +65,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def available() -> bool:
+    """Whether x86 CPUs can be emulated."""
     return shutil.which(EMULATOR) is not None
 
 
@@ -84,7 +91,7 @@ def run_once(worker: Worker, model: bytes, feed: dict[str, Array]) -> list[Array
         except LowerError as error:
             raise VerifyError(
                 "QG605",
-                f"the file does not run on an emulated {worker.cpu}",
+                f"the file does not run on {worker.place}",
                 where=EMULATOR,
                 why=error.why,
                 todo="run it on such a machine, or look at the message",
@@ -92,32 +99,30 @@ def run_once(worker: Worker, model: bytes, feed: dict[str, Array]) -> list[Array
 
 
 class Worker:
-    """A process under emulation that runs one file after another: it starts in seconds, then takes some 40 ms a file.
+    """A process that runs one file after another: under emulation it starts in seconds, then takes some 40 ms a file.
 
-    ``engine`` is the package that runs it, and ``program`` its part of the program; ``config`` are session config
-    entries with ``__`` for ``.``.
+    ``cpu`` is one that qemu knows, or empty for the machine's own. ``engine`` is the package that runs the files, and
+    ``program`` its part of the program; ``version`` that of onnxruntime, by default the installed one. ``config`` are
+    session config entries with ``__`` for ``.``.
 
     Raises:
-        VerifyError: QG608 the emulator is not installed.
+        VerifyError: QG608 the emulator is not installed, QG611 what runs in it cannot be fetched.
     """
 
-    def __init__(self, cpu: str, *, engine: str = "onnxruntime", program: str = ORT, **config: str) -> None:
-        if not available():
-            raise VerifyError(
-                "QG608", f"an emulated {cpu} cannot be had: there is no '{EMULATOR}'", where="PATH",
-                why="it runs the code of another CPU on this one",
-                todo="install the Debian package qemu-user, or use the machine's own instruction set",
-            )  # fmt: skip
-        packages = [str(Path(str(import_module(m).__file__)).parent.parent) for m in ("numpy", engine)]
-        # numpy's BLAS asks the real CPU what it can do, and dies of an instruction that the emulated one does not have
-        blas = {"OPENBLAS_CORETYPE": "Nehalem"} if cpu == "Nehalem" else {}
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "OMP_NUM_THREADS": "1", **blas}
-        command = [EMULATOR, "-cpu", cpu, os.path.realpath(sys.executable), "-c", HEAD + program + LOOP]
-        command += [f"{key.replace('__', '.')}={value}" for key, value in config.items()]
-        self.cpu, self.engine = cpu, engine
+    def __init__(
+        self, cpu: str, version: str = "", *, engine: str = "onnxruntime", program: str = ORT, **config: str
+    ) -> None:
+        self.place = " with ".join([f"an emulated {cpu}" if cpu else "this CPU", *([version] if version else [])])
+        self.python, environment = _python_on(cpu, version, engine)
+        self.engine = engine
+        settings = [f"{key.replace('__', '.')}={value}" for key, value in config.items()]
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in ``close``
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
+            [*self.python, "-c", HEAD + program + LOOP, *settings],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
         )
 
     def __enter__(self) -> Worker:
@@ -143,9 +148,7 @@ class Worker:
         error, optimized, outputs = self._ask(model, packed.getvalue(), b"y" if graph else b"")
         if error:
             why = error.decode(errors="replace").splitlines()[0]
-            raise LowerError(
-                "QG508", f"{self.engine} fails when it runs the file", where=f"emulated {self.cpu}", why=why
-            )
+            raise LowerError("QG508", f"{self.engine} fails when it runs the file", where=self.place, why=why)
         with np.load(io.BytesIO(outputs)) as found:
             return optimized, [found[name] for name in found.files]
 
@@ -172,7 +175,28 @@ class Worker:
         self.log.seek(0)
         said = [line for line in self.log.read().decode(errors="replace").splitlines() if "warning" not in line]
         return VerifyError(
-            "QG609", f"the process on the emulated {self.cpu} died", where=f"{EMULATOR}, exit status {code}",
+            "QG609", f"the process on {self.place} died", where=f"exit status {code}",
             why=said[-1] if said else "it said nothing",
-            todo=f"look whether the engine runs there: {EMULATOR} -cpu {self.cpu} python -c 'import {self.engine}'",
+            todo=f"look whether the engine runs there: {' '.join(self.python)} -c 'import {self.engine}'",
         )  # fmt: skip
+
+
+def _python_on(cpu: str, version: str, engine: str) -> tuple[list[str], dict[str, str]]:
+    """The command that starts Python on a CPU, and the environment in which it finds numpy and the engine."""
+    installed = import_module(engine)
+    own = os.path.realpath(sys.executable)
+    arm = cpu in ARM_CPUS.values()
+    emulator = ARM_EMULATOR if arm else EMULATOR
+    if cpu and not shutil.which(emulator):
+        raise VerifyError(
+            "QG608", f"an emulated {cpu} cannot be had: there is no '{emulator}'", where="PATH",
+            why="it runs the code of another CPU on this one",
+            todo="install the Debian package qemu-user, or use the machine's own instruction set",
+        )  # fmt: skip
+    if arm:
+        packages, root = fetched.arm_onnxruntime(version or installed.__version__), str(fetched.arm_root())
+        return [emulator, "-L", root, "-cpu", cpu, f"{root}/usr/bin/python3"], {"PYTHONPATH": str(packages)}
+    folders = [fetched.onnxruntime(version)] if version else [Path(str(m.__file__)).parents[1] for m in (np, installed)]
+    # numpy's BLAS asks the real CPU what it can do, and dies of an instruction that the emulated one does not have
+    blas = {"OPENBLAS_CORETYPE": "Nehalem"} if cpu == "Nehalem" else {}
+    return [*([emulator, "-cpu", cpu] if cpu else []), own], {"PYTHONPATH": os.pathsep.join(map(str, folders)), **blas}

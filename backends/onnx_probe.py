@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,27 +27,37 @@ class Machine(Protocol):
 
 
 @contextmanager
-def on_isa(isa: str, native: Machine, emulated: Callable[[str], emulation.Worker]) -> Iterator[tuple[Machine, str]]:
-    """The machine of an instruction set, ``native`` or one of ``emulation.CPUS``, and where it is in words.
+def on_isa(
+    isa: str,
+    native: Machine | None,
+    worker: Callable[[str], emulation.Worker],
+    cpus: Mapping[str, str] = emulation.CPUS,
+) -> Iterator[tuple[Machine, str]]:
+    """The machine of an instruction set, ``native`` or one of ``cpus``, and where it is in words. Where this process
+    cannot be it, ``worker`` gives another one, of a CPU (empty: the machine's own).
 
     Raises:
         TargetError: QG409 the instruction set is unknown.
         VerifyError: QG608 there is no emulator.
     """
-    if isa == NATIVE:
-        yield native, native_isa()
-        return
-    if isa not in emulation.CPUS:
-        known = ", ".join((NATIVE, *emulation.CPUS))
+    if isa not in (NATIVE, *cpus):
         what, todo = f"there is no instruction set '{isa}'", "name one of them"
-        raise TargetError("QG409", what, where="isa", why=f"known are {known}", todo=todo)
-    cpu = emulation.CPUS[isa]
-    with emulated(cpu) as worker:
-        yield worker, f"{isa}, an emulated {cpu}"
+        raise TargetError("QG409", what, where="isa", why=f"known are {', '.join((NATIVE, *cpus))}", todo=todo)
+    cpu = cpus.get(isa, "")
+    where = f"{isa}, an emulated {cpu}" if cpu else native_isa()
+    if native is not None and not cpu:
+        yield native, where
+        return
+    with worker(cpu) as other:
+        yield other, where
 
 
-def engine_of(machine: Machine, title: str, read: Read, style: Style, *, integer_inputs: bool) -> Engine:
-    return Engine(title, lambda case: realize(case, machine, style, read), True, integer_inputs)
+def engine_of(
+    machine: Machine, name: tuple[str, str], where: str, read: Read, style: Style, *, integer_inputs: bool
+) -> Engine:
+    """``name`` is that of the engine, and its version."""
+    title = f"{' '.join(name)} on {where}"
+    return Engine(title, lambda case: realize(case, machine, style, read), True, integer_inputs, name[1])
 
 
 def realize(case: Case, machine: Machine, style: Style, read: Read) -> Realized:

@@ -71,6 +71,13 @@ class Session:
         return [found[o] for o in self.compiled.outputs]
 
 
+def version() -> str:
+    """Of the engine that is installed."""
+    import openvino
+
+    return str(openvino.__version__).partition("-")[0]
+
+
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file, which OpenVINO reads."""
     return to_onnx(graph, plan, plan.opset, artifact.metadata(graph, plan))
@@ -153,8 +160,8 @@ def run_taps(
     yield from onnx_taps.read_taps(runs, names)
 
 
-def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
+def engine(target: Target, isa: str, version: str) -> AbstractContextManager[Engine]:
     """OpenVINO on an instruction set, for probing; see ``openvino_probe.engine``."""
     from qatgraph.backends import openvino_probe
 
-    return openvino_probe.engine(target, isa)
+    return openvino_probe.engine(target, isa, version)

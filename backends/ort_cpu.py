@@ -54,6 +54,13 @@ INT8_KERNELS = frozenset(
 )  # fmt: skip
 
 
+def version() -> str:
+    """Of the engine that is installed."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def lower(graph: Graph, plan: Plan) -> bytes:
     """Graph[QDQ] -> the bytes of an ONNX file."""
     return to_onnx(graph, plan, plan.opset, metadata(graph, plan))
@@ -201,11 +208,11 @@ def run_taps(
     yield from onnx_taps.read_taps(runs, names)
 
 
-def engine(target: Target, isa: str) -> AbstractContextManager[Engine]:
-    """ONNX Runtime on an instruction set, for probing; see ``ort_probe.engine``."""
+def engine(target: Target, isa: str, version: str) -> AbstractContextManager[Engine]:
+    """ONNX Runtime on an instruction set and in a version, for probing; see ``ort_probe.engine``."""
     from qatgraph.backends import ort_probe
 
-    return ort_probe.engine(target, isa)
+    return ort_probe.engine(target, isa, version)
 
 
 def border_conversions(model: bytes) -> list[str]:

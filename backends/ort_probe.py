@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine for probing: natively, or on an instruction set that is emulated."""
+"""ONNX Runtime as an engine for probing: natively, on an instruction set that is emulated, or in another version."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from qatgraph.reference import Array
 
 
 @contextmanager
-def engine(target: Target, isa: str) -> Iterator[Engine]:
-    """ONNX Runtime on an instruction set, see ``onnx_probe.on_isa``."""
+def engine(target: Target, isa: str, version: str) -> Iterator[Engine]:
+    """ONNX Runtime on an instruction set and in a version (empty: the installed one), see ``onnx_probe.on_isa``.
+
+    Raises:
+        VerifyError: QG611 what is not installed cannot be fetched.
+    """
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder, on_isa(isa, Native(Path(folder)), emulation.Worker) as (one, where):
-        title = f"onnxruntime {onnxruntime.__version__} on {where}"
-        yield engine_of(one, title, read, Style.of(target, "table"), integer_inputs=True)
+    own = version in ("", onnxruntime.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        native = Native(Path(folder)) if own else None
+        with on_isa(isa, native, lambda cpu: emulation.Worker(cpu, "" if own else version)) as (machine, where):
+            name = ("onnxruntime", version or onnxruntime.__version__)
+            yield engine_of(machine, name, where, read, Style.of(target, "table"), integer_inputs=True)
 
 
 def read(written: Any, optimized: bytes) -> list[KernelNode]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         plan,
         prepare,
         probe,
+        probe_diff,
         verify,
     )
     from qatgraph.errors import QatgraphError
@@ -84,6 +85,7 @@ _HOME = {
     "plan": "api",
     "prepare": "api",
     "probe": "api",
+    "probe_diff": "api",
     "register_operation": "operators",
     "same": "rewriting.passes",
     "verify": "api",
@@ -131,6 +133,7 @@ __all__ = [
     "plan",
     "prepare",
     "probe",
+    "probe_diff",
     "register_operation",
     "same",
     "verify",

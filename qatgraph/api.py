@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qatgraph.planning.plan import Plan
     from qatgraph.planning.recipe import Recipe
     from qatgraph.planning.target import Target
-    from qatgraph.probing.report import ProbeReport
+    from qatgraph.probing.report import EngineDiff, ProbeReport
     from qatgraph.report.report import Report
     from qatgraph.rewriting.passes import Pass
 
@@ -231,6 +231,8 @@ def verify(
 ) -> Report:
     """Prove an artifact: kernels, overflow, every region against the integer reference, distance to the models.
 
+    With an engine of a version that the target was not tested with, the rows that the plan uses are probed as well.
+
     Args:
         qat: the model that was lowered.
         artifact: the file.
@@ -243,12 +245,16 @@ def verify(
     """
     from qatgraph.ir.graph import Graph
     from qatgraph.proof import prove
+    from qatgraph.tested import check_version
 
     path = Path(artifact)
     if not path.is_file():
         raise VerifyError("QG604", f"there is no file '{path.name}'", where=str(path.parent), todo="lower first")
-    backend = load_backend(Graph.prepared(qat).info.plan)
-    return prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)
+    plan = Graph.prepared(qat).info.plan
+    backend = load_backend(plan)
+    report = prove(backend, qat, path.read_bytes(), list(batches), float_model, labels)
+    check_version(report, plan, backend)
+    return report
 
 
 def probe(
@@ -256,6 +262,7 @@ def probe(
     *,
     engine: Simulator | None = None,
     isa: str = "native",
+    version: str = "",
     rows: str = "*",
     examples: int = 50,
     progress: bool = True,
@@ -266,6 +273,7 @@ def probe(
         target: a name, a TOML file, or a table.
         engine: a function ``Case -> Realized`` in place of the engine of the target's backend.
         isa: the instruction set; other ones than the machine's own are emulated.
+        version: the version of the engine, by default the installed one; another is fetched once, into a cache.
         rows: a glob of row ids.
         examples: so many models a row.
         progress: show a bar.
@@ -273,19 +281,51 @@ def probe(
     Raises:
         TargetError: QG406 an operation of which there is no small model, QG407 no such row, QG408 hypothesis is not
             installed, QG409 no such instruction set, QG410 no engine, QG411 the engine gives something else.
-        VerifyError: QG608 there is no emulator, QG609 it died.
+        VerifyError: QG608 there is no emulator, QG609 it died, QG611 what is not installed cannot be fetched.
     """
     from qatgraph.planning.target import load_target
 
-    try:
-        from qatgraph.probing.search import probe as run
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
-        todo = "install it: pip install 'qatgraph[probe]'"
-        raise TargetError("QG408", "probing needs hypothesis", where="probe", why=str(error), todo=todo) from error
+    _check_hypothesis()
     from qatgraph.engines import open_engine
+    from qatgraph.probing.search import probe as run
 
     table = load_target(target) if isinstance(target, str) else target
-    with open_engine(table, isa, engine) as ready:
+    with open_engine(table, isa, version, engine) as ready:
         return run(table, ready, rows=rows, examples=examples, progress=progress)
+
+
+def probe_diff(
+    target: str | Target,
+    other: str,
+    *,
+    isa: str = "native",
+    version: str = "",
+    rows: str = "*",
+    examples: int = 50,
+    progress: bool = True,
+) -> EngineDiff:
+    """Run the same small models on two engines of a target: what changed, row by row.
+
+    Args:
+        other: the version of the second engine, or its instruction set; the rest is as in the first.
+
+    The other arguments and what is raised are those of ``probe``.
+    """
+    from qatgraph.planning.target import load_target
+
+    _check_hypothesis()
+    from qatgraph.engines import open_engine
+    from qatgraph.probing.comparing import compare
+
+    table = load_target(target) if isinstance(target, str) else target
+    second = (isa, other) if other[:1].isdigit() else (other, version)
+    with open_engine(table, isa, version) as one, open_engine(table, *second) as two:
+        return compare(table, one, two, rows=rows, examples=examples, progress=progress)
+
+
+def _check_hypothesis() -> None:
+    try:
+        import hypothesis  # noqa: F401
+    except ModuleNotFoundError as error:
+        todo = "install it: pip install 'qatgraph[probe]'"
+        raise TargetError("QG408", "probing needs hypothesis", where="probe", why=str(error), todo=todo) from error

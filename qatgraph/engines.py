@@ -14,11 +14,13 @@ Simulator = Callable[[Case], Realized]
 
 
 @contextmanager
-def open_engine(target: Target, isa: str, simulator: Simulator | None) -> Iterator[Engine]:
-    """The engine of a target, ready to run; ``simulator`` stands in its place.
+def open_engine(target: Target, isa: str, version: str = "", simulator: Simulator | None = None) -> Iterator[Engine]:
+    """The engine of a target on an instruction set and in a version (empty: the installed one), ready to run;
+    ``simulator`` stands in its place.
 
     Raises:
         TargetError: QG410 the target has no engine, QG409 its engine does not know the instruction set.
+        VerifyError: QG608, QG611 what it needs is not installed and cannot be fetched.
     """
     if simulator is not None:
         yield Engine(getattr(simulator, "__name__", "a simulator"), _guarded(simulator))
@@ -32,7 +34,7 @@ def open_engine(target: Target, isa: str, simulator: Simulator | None) -> Iterat
             why=f"its backend '{target.backend}' has no function engine" if backend else "its table names no backend",
             todo="give a simulator: --engine file.py:function, which returns qatgraph.Realized for a case",
         )
-    with backend.engine(target, isa) as engine:  # type: ignore[union-attr]
+    with backend.engine(target, isa, version) as engine:  # type: ignore[union-attr]
         yield engine
 
 

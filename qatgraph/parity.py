@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,14 @@ class RegionParity:
         difference = float(np.abs(want - have).max(initial=0.0)) / top
         self.float_rel = max(self.float_rel, difference if np.isfinite(difference) else float("inf"))
 
+    def compare_moved(self, have: Array, read: Sequence[Array]) -> None:
+        """What only moves integers writes none that it did not read."""
+        new = ~np.isin(have, np.concatenate([part.reshape(-1) for part in read]))
+        if new.any():
+            self.misfit = (
+                f"{int(new.sum())} of {new.size} integers are none that it read, and its row says it moves them"
+            )
+
     def _fits(self, have: Array, want: Array, what: str) -> bool:
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             self.misfit = (
@@ -152,6 +160,7 @@ def compare_regions(
     """
     nodes = {record(n).name: n for n in qdq.nodes}
     allowed = {p.node: p.deviation for p in qdq.info.plan.predictions}
+    movers = {p.node for p in qdq.info.plan.predictions if p.requant == "moved"}
     found: dict[str, RegionParity] = {}
     for tap in taps:
         parity = found.setdefault(tap.node, RegionParity(tap.node, allowed[tap.node]))
@@ -162,4 +171,6 @@ def compare_regions(
                 parity.compare_inputs(integers, step(border))
         if not parity.misfit:
             parity.compare_result(tap.out, region.result()(*tap.integers), region.slack(*tap.integers))
+        if tap.node in movers and not parity.misfit:
+            parity.compare_moved(tap.out, tap.integers)
     return found

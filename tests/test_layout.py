@@ -26,7 +26,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(["report", "fidelity", "job", "kernels", "operators", "progress", "proof", "pattern_code"], 3),
     **dict.fromkeys(["probing", "regions", "bias_correction", "saturation", "borders"], 3),
     **dict.fromkeys(["passes", "backends"], 4),
-    **dict.fromkeys(["", "api", "cli", "runner", "latency", "sources", "engines"], 5),
+    **dict.fromkeys(["", "api", "cli", "runner", "latency", "sources", "engines", "tested"], 5),
 }
 OPEN_FLOORS = {3, 5}  # their rooms may use one another
 ENGINES = {"onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "tensorrt"}

@@ -18,7 +18,7 @@ QUICK = 6  # cases a row
 
 @pytest.fixture(scope="module")
 def native() -> Iterator[Engine]:
-    with openvino_cpu.engine(TABLE, "native") as engine:
+    with openvino_cpu.engine(TABLE, "native", "") as engine:
         yield engine
 
 

@@ -25,7 +25,7 @@ Plant = tuple[str, Target, Row]
 
 @pytest.fixture(scope="module")
 def native() -> Iterator[Engine]:
-    with ort_cpu.engine(ORT, "native") as engine:
+    with ort_cpu.engine(ORT, "native", "") as engine:
         yield engine
 
 
@@ -34,7 +34,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine]]:
     """AVX2 without VNNI, where 16-bit sums saturate, and SSE, without fused multiply-adds."""
     if not emulation.available():
         pytest.skip(ABSENT)
-    with ort_cpu.engine(ORT, request.param) as engine:
+    with ort_cpu.engine(ORT, request.param, "") as engine:
         yield request.param, engine
 
 

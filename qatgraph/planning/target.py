@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from functools import cache
 from importlib import resources
@@ -17,6 +18,7 @@ from qatgraph.errors import TargetError, nearest
 from qatgraph.planning.cost import Cost
 from qatgraph.planning.extending import taken_over
 from qatgraph.planning.facts import WORDS
+from qatgraph.planning.shadowed import never_chosen
 from qatgraph.planning.user_files import UserModel, parse_toml, read_text
 from qatgraph.rewriting.plugins import Plugins, distribution
 from qatgraph.specs import DType, QuantSpec, ScaleRule, Scheme
@@ -60,7 +62,8 @@ class Row(UserModel):
     many steps the engine may differ from it. ``finest``: the step of the result is at least this share of that of the
     input, or the engine fails. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added
     in pairs to 16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows
-    ``[N, K]`` of a matrix or the channels of each position of a filter.
+    ``[N, K]`` of a matrix or the channels of each position of a filter. ``versions``: the engine that the row speaks
+    of, and the oldest version, ``onnxruntime >= 1.24.1``.
 
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
     """
@@ -91,7 +94,7 @@ class Row(UserModel):
     finest: float = Field(default=0.0, ge=0)
     accumulator: Accumulator = ""
     k_order: KOrder = ""
-    versions: str = ""
+    versions: str = Field(default="", pattern=r"^([\w-]+ >= [\w.]+)?$")
     source: str = ""
 
     @property
@@ -108,6 +111,10 @@ class Row(UserModel):
     def moves(self) -> bool:
         """Whether the input and the result lie on one grid."""
         return self.placement == "int8" and self.requant == "moved"
+
+    def claims(self, version: str) -> bool:
+        """Whether the row speaks of a version of its engine; of one without a number it does."""
+        return not version or ordered(version) >= ordered(self.versions.rpartition(" ")[2])
 
     @field_validator("why", "remedy")
     @classmethod
@@ -135,6 +142,21 @@ class Row(UserModel):
         if self.moves and (not self.x or self.x != self.out):
             raise ValueError(f"row '{self.id}': it moves integers, so x and out are the same grids")
         return self
+
+    @model_validator(mode="after")
+    def _writes_what_it_says(self) -> Row:
+        """Integers need a grid, floats have none."""
+        floats = self.requant == "float-result"
+        if self.placement == "int8" and self.requant not in ("", "moved") and bool(self.out) == floats:
+            has = "a grid 'out'" if self.out else "no grid 'out'"
+            raise ValueError(f"row '{self.id}': its result is {self.requant}, and it has {has}")
+        return self
+
+
+def ordered(version: str) -> tuple[int, ...]:
+    """Versions as they follow each other: the numbers in front of what is no number, ``1.31.1`` as (1, 31, 1)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
@@ -175,7 +197,8 @@ class Target(UserModel):
 
     ``pipeline`` is the text of the planning passes that are asked, by default the built-in ones. ``requires`` is what
     the CPU must have, or the file would be quietly wrong: with ``vnni`` (AVX512-VNNI, AVX-VNNI or AMX) no sum of
-    products passes through 16 bits, so that rows may use the full range of a weight.
+    products passes through 16 bits, so that rows may use the full range of a weight. ``tested``: the oldest and the
+    newest version of the engine on which every row was probed that speaks of it.
 
     ``cost`` is what its kernels and borders cost; without it a plan counts borders, and does not weigh them.
 
@@ -191,6 +214,7 @@ class Target(UserModel):
     requires: Requires = ""
     backend: str = ""
     opset: int = 0
+    tested: tuple[str, str] | None = None
     pipeline: str = "plan"
     cost: Cost | None = None
     row: tuple[Row, ...] = Field(min_length=1)
@@ -207,6 +231,12 @@ class Target(UserModel):
     def _lowers(self) -> Target:
         if self.backend and not self.opset:
             raise ValueError("a target with a backend says which ONNX opset it takes: opset = 23")
+        return self
+
+    @model_validator(mode="after")
+    def _every_row_is_of_use(self) -> Target:
+        if not self.extends and (told := never_chosen(self.row)):  # rows of its own may hide those of the base
+            raise ValueError(f"{told}; order them from best to last, or leave one out")
         return self
 
     def rows(self, op: str) -> tuple[Row, ...]:

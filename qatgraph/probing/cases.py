@@ -134,12 +134,14 @@ class Realized:
 @dataclass(frozen=True)
 class Engine:
     """Something that does cases. ``neighbours``: whether it does what reads the result, too, as a file must;
-    ``integer_inputs``: whether it may be asked for files whose inputs are integers."""
+    ``integer_inputs``: whether it may be asked for files whose inputs are integers. ``version``: its number, empty if
+    it has none."""
 
     title: str
     realize: Callable[[Case], Realized]
     neighbours: bool = False
     integer_inputs: bool = True
+    version: str = ""
 
 
 def numbers(values: Array) -> str:

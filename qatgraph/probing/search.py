@@ -51,6 +51,18 @@ def probe(target: Target, engine: Engine, *, rows: str, examples: int, progress:
     Raises:
         TargetError: QG406 there is no small model of a row's operation, QG407 no row fits.
     """
+    chosen = rows_to_probe(target, rows)
+    with no_traces():
+        found = tuple(probe_row(target, row, engine, examples) for row in track(chosen, "probe", show=progress))
+    return ProbeReport(target.name, target.hash(), engine.title, examples, found)
+
+
+def rows_to_probe(target: Target, rows: str) -> list[Row]:
+    """The rows whose id fits a glob.
+
+    Raises:
+        TargetError: QG406 there is no small model of a row's operation, QG407 no row fits.
+    """
     chosen = [r for r in target.row if fnmatchcase(r.id, rows)]
     if not chosen:
         known = ", ".join(r.id for r in target.row)
@@ -59,13 +71,11 @@ def probe(target: Target, engine: Engine, *, rows: str, examples: int, progress:
     alone = (r for r in chosen if r.placement != "host" and r.needs not in ("inside", "before"))
     for kind in (k for r in alone for k in r.op.split("|") if k != BORDER):
         operation_of(kind)
-    with _no_traces():
-        found = tuple(probe_row(target, row, engine, examples) for row in track(chosen, "probe", show=progress))
-    return ProbeReport(target.name, target.hash(), engine.title, examples, found)
+    return chosen
 
 
 @contextmanager
-def _no_traces() -> Iterator[None]:
+def no_traces() -> Iterator[None]:
     """Hypothesis keeps a cache where it is run, which is nobody's wish here."""
     with tempfile.TemporaryDirectory() as folder:
         set_hypothesis_home_dir(folder)
@@ -77,9 +87,11 @@ def _no_traces() -> Iterator[None]:
 
 def probe_row(target: Target, row: Row, engine: Engine, examples: int) -> RowResult:
     """One row of a target; hypothesis shrinks the first case that fails."""
-    cases, broken = 0, _contradiction(target, row)
+    cases, broken = 0, contradiction(target, row)
     if row.placement == "host" or broken:
         return RowResult(row.id, row.kernel, 0, "false" if broken else "host", broken)
+    if not row.claims(engine.version):
+        return RowResult(row.id, row.kernel, 0, "unclaimed")
 
     @settings(SETTINGS, max_examples=examples)
     @given(st.data())
@@ -101,7 +113,7 @@ def probe_row(target: Target, row: Row, engine: Engine, examples: int) -> RowRes
     return RowResult(row.id, row.kernel, cases, "holds")
 
 
-def _contradiction(target: Target, row: Row) -> str:
+def contradiction(target: Target, row: Row) -> str:
     """Why no case of the row can be drawn: it contradicts itself, or its table; empty if one can."""
     if row.needs in ("inside", "before"):
         homeless = [k for k in row.op.split("|") if not hosts(target, k)]
@@ -113,10 +125,21 @@ def _contradiction(target: Target, row: Row) -> str:
 
 def refutation(case: Case, engine: Engine) -> str:
     """Why a case speaks against its row, as a sentence; empty if it does not."""
+    return judged(case, attempt(case, engine))
+
+
+def attempt(case: Case, engine: Engine) -> Realized | LowerError:
+    """What the engine makes of a case, or why it refuses it."""
     try:
-        found = engine.realize(case)
+        return engine.realize(case)
     except LowerError as error:
-        refused = f"the engine refuses it: {error.why}"
+        return error
+
+
+def judged(case: Case, found: Realized | LowerError) -> str:
+    """Why what was found speaks against the row of the case, as a sentence; empty if it does not."""
+    if isinstance(found, LowerError):
+        refused = f"the engine refuses it: {found.why}"
         return "" if case.quantized and case.row.placement != "int8" else refused
     if case.row.placement != "int8" and case.quantized:  # the row says: no int8 kernel, or none that is right
         usable = found.int8 and not _misfit(found.output, right(case, slack=2))
