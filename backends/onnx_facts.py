@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qatgraph.backends.onnx_file import MOVES, OnnxFile, attribute
-from qatgraph.backends.stored_grids import StoredConstant, StoredGrid, grid_of
+from qatgraph.backends.stored_grids import StoredConstant, StoredGrid, grid_of, stored_constant
 from qatgraph.planning.facts import NodeFact, ParameterFact, Size
 from qatgraph.reference import Array
 
@@ -166,12 +166,10 @@ class Reader:
         if picked is not None and picked.op_type == "Gather" and file.constant(picked.input[0]) is not None:
             return Port(role, value)  # rows of an int8 table: the table is quantized, not an activation
         rank = len(file.shape(node.input[0])) or len(file.shape(value))
-        grid, quantize = grid_of(file, node, rank), file.producers.get(file.stem(node.input[0]))
-        if file.constant(node.input[0]) is not None:
-            return Port(role, value, grid, node, StoredConstant(file, node, grid))
-        made = quantize is not None and quantize.op_type == "QuantizeLinear" and grid.eight_bit
-        if made and quantize is not None and file.constant(quantize.input[0]) is not None:
-            return Port(role, value, grid, node, StoredConstant(file, node, grid, quantize))
+        grid = grid_of(file, node, rank)
+        stored = stored_constant(file, node, grid)
+        if stored is not None:
+            return Port(role, value, grid, node, stored)
         return Port(role, value, grid, node, border=node.input[0] in file.inputs, forks=self._forks(node.input[0]))
 
     def _forks(self, integers: str) -> bool:

@@ -198,11 +198,20 @@ def pair_behind_pair(g: Grid) -> Sketch:
     return end(s, s.op("MatMul", x, s.weight(16, 8)), U8)
 
 
-def float_weight() -> Sketch:
+def float_weight(*, narrow: bool = False) -> Sketch:
+    """``narrow``: a Clip between the two nodes keeps -128 out, as QCDQ files have it."""
     s = Sketch()
     x, g = s.qdq(s.input("x", 4, 16)), grid(0.01, 0, np.int8)
-    numbers = s.constant(s.rng.uniform(-0.6, 0.6, (16, 8)).astype(np.float32))
-    return end(s, s.op("MatMul", x, s.dq(s.q(numbers, g, name="op"), g)), None)
+    integers = s.q(s.constant(s.rng.uniform(-0.6, 0.6, (16, 8)).astype(np.float32)), g, name="op")
+    bounds = [s.constant(np.int8(b)) for b in (-127, 127)]
+    integers = s.op("Clip", integers, *bounds) if narrow else integers
+    return end(s, s.op("MatMul", x, s.dq(integers, g)), None)
+
+
+def bare_filter() -> Sketch:
+    """A convolution between pairs whose weight no tool has quantized."""
+    s = Sketch()
+    return end(s, s.op("Conv", s.qdq(s.input("x", *IMAGE)), s.floats(8, 8, 3, 3), name="op"), U8)
 
 
 def residual(written: str = "Add") -> Sketch:
@@ -310,6 +319,7 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "Conv on two grids": ("two-quantizes", lambda: also(lambda s: s.qdq("op_out", grid(0.05, 100)))),
     "Conv behind two equal quantizes": ("two-quantizes", lambda: also(lambda s: s.qdq("op_out"))),
     "ReLU in front of symmetric s8": ("activation-not-redundant", lambda: conv(relu, out=S8)),
+    "Clip in front of symmetric s8": ("activation-not-redundant", lambda: conv(clip(3.5), out=S8)),
     "ReLU between a product and s8": ("activation-not-redundant", lambda: product_and_relu(S8)),
     "ReLU of a float product": ("activation-behind", lambda: activated(linear(), relu)),
     "ReLU of a float Gemm": ("activation-behind", lambda: activated(gemm("int32"), relu)),
@@ -336,6 +346,8 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "Tile between two grids": ("moved-grid", lambda: tile(grid(0.05, 100))),
     "table dequantized before Gather": ("dequantized-table", embedding),
     "weight stored in float": ("float-weight", float_weight),
+    "weight stored in float, narrowed": ("float-weight", lambda: float_weight(narrow=True)),
+    "Conv with a float weight between pairs": ("engine-quantizes-weight", bare_filter),
     "pair behind an equal pair": ("double-quantize", lambda: pair_behind_pair(U8)),
     "pair behind another pair": ("double-quantize", lambda: pair_behind_pair(grid(0.05, 100))),
     "shared zero point": ("shared-zero-point", shared),
