@@ -75,9 +75,8 @@ def lint(model: Any) -> Lint:
     kernels = tuple(k for kernels in engine.kernels.values() for k in kernels)
     found = Lint(tuple(findings), kernels, products(subject))
     heavy = {r.id: found.work(r.id) for r in RULES}
-    return replace(
-        found, findings=tuple(sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), -heavy[f.rule])))
-    )
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), -heavy[f.rule]))
+    return replace(found, findings=tuple(findings))
 
 
 def ask_engine(file: OnnxFile) -> Engine:

@@ -17,9 +17,8 @@ SAYS_NOTHING = ("engine-disagrees", "saturation", "weight-minus-128", "float-wei
 
 @dataclass(frozen=True)
 class Product:
-    """``int8``: the engine runs it on integers; ``float``: it does not, though an operand is dequantized; ``bare``: none is.
-
-    ``work`` is its share of the multiplications of all products, with every dynamic size taken as 1.
+    """``int8``: the engine runs it on integers; ``float``: it does not, though an operand is dequantized; ``bare``: no
+    operand is. ``work`` is its share of the multiplications of all products, with every dynamic size taken as 1.
     """
 
     node: str

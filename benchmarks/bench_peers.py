@@ -1,10 +1,11 @@
-"""Why are the QDQ files of other tools slow or inaccurate on ONNX Runtime? Each is made, audited, repaired and measured.
+"""Why are the QDQ files of other tools slow or inaccurate on ONNX Runtime? Each is made, audited, repaired and timed.
 
 Each script of ``benchmarks/peers`` runs in an environment of that peer alone, which is made of the packages that its
-head names, on the material of the jobs ``efficientnet_lite0`` and ``minilm`` (``peers/material.py``). ``qatgraph audit``
-then explains the file and repairs what it can prove. The float model, the file and the repaired file run in turn, one
+head names, on the material of the jobs ``efficientnet_lite0`` and ``minilm`` (``peers/material.py``). The linter then
+explains the file and repairs what it can prove. The float model, the file and the repaired file run in turn, one
 thread, default session options (on a CPU without VNNI ``session.x64quantprecision=1``, or the sums of the peers' files
-saturate). Everything lies in ``build/peers``; what is there already is not made again. ``docs/peers.md`` is written anew.
+saturate). Everything lies in ``build/peers``; what is there already is not made again. ``docs/peers.md`` is written
+anew. Fails if a product runs in float and no finding says why.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def write_material(name: str) -> Path:
     setup = set_up(load_job(path), path, 0)
     export_float(setup.model, setup.graph, folder / "float.onnx")
     parts = {"calibrate": setup.data.calibrate, "evaluate": setup.data.evaluate, "latency": [setup.data.latency]}
-    for part, batches in parts.items():
-        feeds = [feed_of(setup.graph, batch) for batch in batches]
+    for part, some in parts.items():
+        feeds = [feed_of(setup.graph, batch) for batch in some]
         np.savez(folder / f"{part}.npz", **{f"{i:03}/{k}": v for i, feed in enumerate(feeds) for k, v in feed.items()})
     return folder
 

@@ -33,8 +33,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     options = "default session options" if not result["options"] else "session.x64quantprecision=1"
     engine = result["versions"].get("onnxruntime", "")
     yield f"Measured on {result['isa']} with onnxruntime {engine}: one thread, {options}, batch 8, medians of 15 rounds"
-    yield "in which the float model, the file and the repaired file ran in turn. Cosines to the float model are means over"
-    yield "the evaluation batches. Timings in a row compare; those of different rows were taken at different times.\n"
+    yield "in which the float model, the file and the repaired file ran in turn. Cosines to the float model are means"
+    yield "over the evaluation batches. Times in a row compare; those of different rows were taken at different times.\n"
     for model in dict.fromkeys(r["model"] for r in result["records"]):
         records = [r for r in result["records"] if r["model"] == model]
         yield f"## {model}\n"
