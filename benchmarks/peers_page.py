@@ -34,7 +34,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     engine = result["versions"].get("onnxruntime", "")
     yield f"Measured on {result['isa']} with onnxruntime {engine}: one thread, {options}, batch 8, medians of 15 rounds"
     yield "in which the float model, the file and the repaired file ran in turn. Cosines to the float model are means"
-    yield "over the evaluation batches. Times in a row compare; those of different rows were taken at different times.\n"
+    yield "over the evaluation batches. Times compare within a row; rows were timed one after another.\n"
     for model in dict.fromkeys(r["model"] for r in result["records"]):
         records = [r for r in result["records"] if r["model"] == model]
         yield f"## {model}\n"
