@@ -11,6 +11,7 @@ anew. Fails if a product runs in float and no finding says why.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -101,8 +102,12 @@ def make(peer: Peer, folder: Path) -> tuple[Path, str]:
     """The peer's file, and why there is none (empty if there is one)."""
     file, failed = folder / f"{peer.name}.onnx", folder / f"{peer.name}.failed.txt"
     if not file.is_file() and not failed.is_file():
+        own = folder / peer.name  # some tools write into the file that they read
+        own.mkdir(exist_ok=True)
+        for part in ("float.onnx", "calibrate.npz"):
+            shutil.copy(folder / part, own)
         try:
-            _call([str(environment(peer)), str(SCRIPTS / f"{peer.name}.py"), str(folder), str(file)], folder)
+            _call([str(environment(peer)), str(SCRIPTS / f"{peer.name}.py"), str(own), str(file)], own)
         except RuntimeError as error:
             file.unlink(missing_ok=True)
             failed.write_text(f"{error}\n", encoding="utf-8")
