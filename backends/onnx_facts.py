@@ -160,6 +160,8 @@ class Reader:
             if moved.constant is None and any(r.op_type == "QuantizeLinear" for r in readers):
                 return Port(role, value)  # the engine moves no pair to where a quantize stands
             return replace(moved, role=role, value=value, forks=len(readers) > 1, moved=True)
+        if node is not None and node.op_type == "Pad" and self._into_conv(node):
+            return replace(self._port(role, node.input[0]), role=role, value=value)
         if node is None or node.op_type != "DequantizeLinear":
             return Port(role, value)
         picked = file.producers.get(file.stem(node.input[0]))
@@ -171,6 +173,11 @@ class Reader:
         if stored is not None:
             return Port(role, value, grid, node, stored)
         return Port(role, value, grid, node, border=node.input[0] in file.inputs, forks=self._forks(node.input[0]))
+
+    def _into_conv(self, pad: Any) -> bool:
+        """Whether the engine lets a convolution pad by itself, before it looks for Q/DQ."""
+        readers = self.file.readers.get(pad.output[0], [])
+        return attribute(pad, "mode", b"constant") == b"constant" and [r.op_type for r in readers] == ["Conv"]
 
     def _forks(self, integers: str) -> bool:
         """Whether more than one operation reads what is dequantized of these integers."""

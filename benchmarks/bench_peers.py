@@ -135,6 +135,7 @@ def explain(file: Path) -> dict[str, Any]:
     found = lint.lint(model)
     record: dict[str, Any] = {"bytes": file.stat().st_size, **_counts(found), "groups": _groups(found), "fix": None}
     record["unexplained"] = found.unexplained
+    repaired(file).unlink(missing_ok=True)
     try:
         if any(f.fix for f in found.findings):
             fixed = lint_fix.fix(model, found, repaired(file))

@@ -10,12 +10,13 @@ HEAD = """# The files of other tools
 What `qatgraph audit` says of QDQ files that other tools write, each with its own defaults, and what `--fix` gives back.
 Written by `make peers`, which installs each tool in an environment of its own; the scripts are in `benchmarks/peers`.
 The models are those of the jobs `efficientnet_lite0` (50 products) and `minilm`, calibrated on the batches of the job.
-[lint.md](lint.md) has every rule.
+[lint.md](lint.md) has every rule. Tools that quantize modules only take the first model. neural-compressor-pt 3.10
+installs, but writes no ONNX file any more.
 
 A product is a Conv, MatMul or Gemm: *int8*, in *float* though an operand is dequantized, or *not* quantized at all. Of
 the products in float a check apart from the rules demands that some finding says why: here it passed for every file.
 A repaired file computes the same numbers between any two quantizes; the cosines differ where a kernel on integers
-rounds a tie to the other side, which cascades.
+rounds a tie to the other side, which cascades. Where the file is inaccurate, the repaired one is, too.
 """
 COLUMNS = (
     "peer", "int8, float, not", "after --fix", "float ms", "file ms", "fixed ms", "float / file", "float / fixed",

@@ -198,6 +198,21 @@ def pair_behind_pair(g: Grid) -> Sketch:
     return end(s, s.op("MatMul", x, s.weight(16, 8)), U8)
 
 
+def masked() -> Sketch:
+    """Scores and the smallest float on one grid."""
+    s = Sketch()
+    lowest = grid(float(np.finfo(np.float32).max / 256), 255)
+    y = s.dq(s.q(s.input("x", 4, 16), lowest, name="op"), lowest)
+    return end(s, s.op("MatMul", y, s.weight(16, 8)), None)
+
+
+def padded(pads: int) -> Sketch:
+    """A Pad between the pair and a convolution, as exporters write it even where it adds nothing."""
+    s = Sketch()
+    x = s.op("Pad", s.qdq(s.input("x", *IMAGE)), s.constant(np.array([0, 0, pads, pads] * 2)), name="pad")
+    return end(s, s.op("Conv", x, s.weight(8, 8, 3, 3), name="op"), U8)
+
+
 def float_weight(*, narrow: bool = False) -> Sketch:
     """``narrow``: a Clip between the two nodes keeps -128 out, as QCDQ files have it."""
     s = Sketch()
@@ -301,6 +316,7 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "filter with several zero points": ("weight-zero-points", lambda: conv(zero=3)),
     "scale of zero": ("bad-scale", lambda: stored(0 * MINUS_128, [0.01] * 7 + [0], "weight")),
     "denormal scale": ("bad-scale", lambda: stored(0 * MINUS_128, [0.01] * 7 + [1e-40], "weight")),
+    "scale of a mask": ("mask-on-grid", masked),
     "16-bit activations": ("sixteen-bit", lambda: linear(x=U16)),
     "float16": ("half-precision", half),
     "scale of rank 1": ("scale-rank", lambda: two("Add", out=ONE)),
@@ -374,6 +390,8 @@ CLEAN: dict[str, Build] = {
     "Conv and the Clip of its grid": lambda: conv(clip(5.1), out=RELU),
     "Conv from s8 to s8": lambda: conv(x=S8, out=S8, step=float(np.float32(0.03) * np.float32(0.01))),
     "Conv from u8 to s8": lambda: conv(out=S8),
+    "Conv behind a Pad": lambda: padded(1),
+    "Conv behind a Pad of nothing": lambda: padded(0),
     "Add": lambda: two("Add"),
     "Add of u8 and s8": lambda: two("Add", b=S8),
     "Mul": lambda: two("Mul"),
