@@ -14,9 +14,9 @@ The models are those of the jobs `efficientnet_lite0` (50 products) and `minilm`
 installs, but writes no ONNX file any more.
 
 A product is a Conv, MatMul or Gemm: *int8*, in *float* though an operand is dequantized, or *not* quantized at all. Of
-the products in float a check apart from the rules demands that some finding says why: here it passed for every file.
-A repaired file computes the same numbers between any two quantizes; the cosines differ where a kernel on integers
-rounds a tie to the other side, which cascades. Where the file is inaccurate, the repaired one is, too.
+the products in float a check apart from the rules demands that some finding says why. A repaired file computes the
+same numbers between any two quantizes; the cosines differ where a kernel on integers rounds a tie to the other side,
+which cascades. Where the file is inaccurate, the repaired one is, too.
 """
 COLUMNS = (
     "peer", "int8, float, not", "after --fix", "float ms", "file ms", "fixed ms", "float / file", "float / fixed",
@@ -31,11 +31,13 @@ def page(result: dict[str, Any]) -> str:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield HEAD
+    silent = [f"{name} of {r['name']}" for r in result["records"] for name in r.get("unexplained", ())]
+    yield f"In float without an explanation: {', '.join(silent) or 'none'}.\n"
     options = "default session options" if not result["options"] else "session.x64quantprecision=1"
     engine = result["versions"].get("onnxruntime", "")
     yield f"Measured on {result['isa']} with onnxruntime {engine}: one thread, {options}, batch 8, medians of 15 rounds"
-    yield "in which the float model, the file and the repaired file ran in turn. Cosines to the float model are means"
-    yield "over the evaluation batches. Times compare within a row; rows were timed one after another.\n"
+    yield "in which the float model, the file and the repaired file ran in turn, so that other load meets all alike."
+    yield "Cosines to float are means over the evaluation batches. Times compare within a row only.\n"
     for model in dict.fromkeys(r["model"] for r in result["records"]):
         records = [r for r in result["records"] if r["model"] == model]
         yield f"## {model}\n"

@@ -58,6 +58,9 @@ def test_the_page_has_what_was_found_repaired_and_measured(bench: Any, tmp_path:
     assert "| peer | 0, 1, 0 | 1, 0, 0 | 8.0 | 4.0 | - | 2.00 | - | 0.5000 | - |" in text
     assert "**slow `activation-not-redundant`, 1, 100% of the multiplications; `--fix` repairs it.**" in text
     assert "Measured on AVX2 with onnxruntime 9" in text
+    assert "In float without an explanation: none." in text
+    silent = {**result, "records": [{**found, "unexplained": ("op",)}]}
+    assert "In float without an explanation: op of peer." in sys.modules["peers_page"].page(silent)
     assert "It writes no file here: `it has no exporter`" in text
 
 
