@@ -38,7 +38,10 @@ golden-zoo: $(READY)  ## write docs/zoo.md anew: walks the whole zoo, some 15 mi
 bench: $(READY)  ## measure; JSON in build/bench
 	$(BIN)/python benchmarks/bench_latency.py && $(BIN)/python benchmarks/bench_engine.py && $(BIN)/python benchmarks/bench_stages.py && $(BIN)/python benchmarks/bench_passes.py && $(BIN)/python benchmarks/bench_costs.py
 
+peers: $(READY)  ## audit the files of other quantizers, each in a venv of its own (some 10 GB, an hour); writes docs/peers.md
+	$(BIN)/python benchmarks/bench_peers.py
+
 clean:  ## remove what was built, and the virtual environment
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-all lint golden golden-zoo bench clean
+.PHONY: help demo test test-all lint golden golden-zoo bench peers clean

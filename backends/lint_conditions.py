@@ -193,7 +193,8 @@ def activation_not_redundant(row: Row, operation: Operation) -> str:
     the smallest integer, a Clip when its bounds lie outside the grid. A symmetric s8 grid behind a Relu is the usual
     case: half of it is unused, too.
     Remedy: quantize behind the activation to u8 with zero point 0 (s8: -128), for a Clip with the scale of its range.
-    Fix: none: another grid changes the numbers.
+    Fix: the quantize goes in front of the activation, which becomes a Clip of its integers: the same numbers, since
+    rounding keeps the order. Not where a pair stands in front of the activation already.
     """
     grid = None if _apart(row, operation) else operation.result.alone
     for between in operation.result.inside if grid is not None else ():
@@ -272,7 +273,8 @@ def signed_fork(row: Row, operation: Operation) -> str:
     Why: on x86 the engine turns a signed activation to unsigned only where one quantize meets one dequantize with one
     reader. A fork (a residual, query, key and value) stays signed, and what reads or writes it stays in float.
     Remedy: quantize activations to u8 (onnxruntime.quantization: activation_type=QuantType.QUInt8).
-    Fix: signed activations become unsigned, 128 is added to their zero points: the same numbers.
+    Fix: signed activations become unsigned, 128 is added to their zero points: the same numbers. Not where weights
+    behind Q/DQ are float: the engine would quantize them by itself.
     """
     as_gemm = not row.out and (operation.node.op_type == "Gemm" or row.kernel == "QGemm")
     if row.moves or as_gemm:

@@ -12,12 +12,12 @@ import numpy as np
 from qatgraph.backends.lint import Lint, lint
 from qatgraph.backends.lint_proof import Proof, prove
 from qatgraph.backends.lint_rule import Finding
-from qatgraph.backends.lint_structure import float_weights, tables
+from qatgraph.backends.lint_structure import clampable, float_weights, tables
 from qatgraph.backends.onnx_facts import Reader, between
 from qatgraph.backends.onnx_file import CONVERSIONS, OnnxFile, attribute
 from qatgraph.backends.qdq_onnx import write_atomically
 from qatgraph.backends.stored_grids import StoredConstant, grid_of
-from qatgraph.reference import Array
+from qatgraph.reference import Array, quantize
 
 ROUNDS = 3  # one repair may bring another to light
 TYPES = {"u8": np.uint8, "s8": np.int8}
@@ -274,12 +274,36 @@ def _shift(editor: Editor, node: Any, made: dict[str, str]) -> None:
         editor.proto.graph.value_info.remove(info)  # its type is another now
 
 
+def clamped_integers(editor: Editor, labels: set[str]) -> None:
+    """Activation -> quantize becomes quantize -> Clip of the integers, unsigned ones, with which the engine fuses."""
+    from onnx import helper
+
+    file = editor.file
+    for operation in [o for o in Reader(file).operations if o.label in labels and clampable(file, o)]:
+        node, grid = operation.result.quantizes[0].node, operation.result.quantizes[0].grid
+        assert grid.scale is not None
+        assert grid.zero_point is not None
+        integers, raw = node.output[0], f"{node.output[0]}/unclamped"
+        made: dict[str, str] = {}
+        for each in (node, *file.readers[integers]) if grid.dtype == "s8" else ():
+            _shift(editor, each, made)
+        bounds = [b.bounds for b in operation.result.inside if b.bounds is not None]
+        low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
+        zero = np.asarray(grid.unsigned.zero_point).reshape(()).astype(np.uint8)
+        limits = quantize(np.asarray([low, high], np.float32), grid.scale.reshape(()), zero)
+        stored = [editor.store(f"{integers}/{word}", q) for word, q in zip(("low", "high"), limits, strict=True)]
+        node.input[0], node.output[0] = operation.result.value, raw
+        clip = helper.make_node("Clip", [raw, *stored], [integers], f"{node.name}/Clip")
+        editor.insert_behind(node, clip)
+
+
 FIXES: dict[str, Callable[[Editor, set[str]], None]] = {
     "double-quantize": single_pairs,
     "two-quantizes": one_quantize,
     "float-weight": stored_integers,
     "bias-form": sums,
     "activation-behind": extremes,
+    "activation-not-redundant": clamped_integers,
     "dequantized-table": lookups,
     "skip-layer-norm": residual_sums,
     "missing-zero-point": zero_points,

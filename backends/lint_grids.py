@@ -15,6 +15,7 @@ from qatgraph.reference.saturation import k_rows, worst_pairs
 ROUNDING = 1e-5  # relative: a few roundings of float32 in a product of two
 SAFE_PAIR = 128  # times 255 is the last sum of a pair that 16 bits hold
 INT32 = 2**31 - 1
+MASKED = 1e8  # no activation is that large; masks are from 1e9 on
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -118,6 +119,22 @@ def bad_scale(subject: Subject) -> Iterator[Hit]:
             )
 
 
+def mask_on_grid(subject: Subject) -> Iterator[Hit]:
+    """A grid reaches to the numbers of a mask, and everything else rounds to zero.
+
+    Why: a mask adds minus infinity, or the smallest float, to what is hidden. An observer that takes the smallest and
+    the largest number gives the sum, or the mask, a grid whose single step is larger than every score.
+    Remedy: let the mask and the addition of it stay in float (in the tool: exclude Where, Add and Mul of the mask), or
+    write the mask as a number of the size of the scores, such as -100.
+    Fix: none: another grid changes the numbers.
+    """
+    for node in subject.file.nodes:
+        scale = subject.file.constant(node.input[1]) if node.op_type == "QuantizeLinear" else None
+        steps = scale[np.isfinite(scale)].astype(np.float64) if scale is not None else np.zeros(0)
+        if (steps * 255 > MASKED).any():
+            yield Hit(subject.file.label(node), f"a step of it is {steps.max():.2g}")
+
+
 def saturation(subject: Subject) -> Iterator[Hit]:
     """A weight can overflow the 16-bit sums of x86 CPUs without VNNI.
 
@@ -164,6 +181,7 @@ RULES = (
     Rule(bias_zero_point, "wrong"),
     Rule(weight_zero_points, "wrong"),
     Rule(bad_scale, "wrong"),
+    Rule(mask_on_grid, "wrong"),
     Rule(saturation, "risk"),
     Rule(weight_minus_128, "risk"),
     Rule(bias_scale_rounding, "risk"),

@@ -14,6 +14,7 @@ from qatgraph.backends.onnx_file import MOVES, OnnxFile, attribute
 from qatgraph.backends.stored_grids import grid_of
 
 UNCHANGED = 64  # the engine turns a signed weight to unsigned only if a number is larger (avx2_weight_s8_to_u8.cc)
+INTEGER_CLIP = 12  # the opset from which on Clip takes 8-bit integers
 MOVED_TYPE = "output_dtype INT8 does not match"
 # Operations that only move or pick numbers: nobody expects a kernel of their own for them.
 PICKS = frozenset(
@@ -49,6 +50,22 @@ def signed_move(subject: Subject) -> Iterator[Hit]:
             yield Hit(
                 operation.label, f"{operation.node.op_type} reads signed integers that the engine moves behind it"
             )
+
+
+def engine_quantizes_weight(subject: Subject) -> Iterator[Hit]:
+    """ONNX Runtime quantizes a float weight by itself, and computes something else than the file.
+
+    Why: where a convolution stands between a dequantize and a quantize and its weight is float, the engine makes 8-bit
+    integers of the weight with one scale of its own, without a word. The tool left the weight in float; nobody
+    calibrated or trained this scale.
+    Remedy: let the tool quantize the weight, too (it may not know the class of the layer: a subclass of Conv2d), or
+    take the pairs around the convolution away. The session option disabled_optimizers=["WeightBiasQuantization"]
+    keeps the weight as it is.
+    Fix: none: only the tool knows the scale.
+    """
+    for operation in subject.operations:
+        if _engine_weight(subject, operation):
+            yield Hit(operation.label, "its weight is float in the file, and the engine runs it on integers")
 
 
 def shared_zero_point(subject: Subject) -> Iterator[Hit]:
@@ -174,6 +191,8 @@ def engine_disagrees(subject: Subject) -> Iterator[Hit]:
         match, runs = subject.matches[operation.label], subject.runs(operation)
         if not match.certain or runs is None or runs == match.int8 or not _concerned(subject, operation):
             continue
+        if _engine_weight(subject, operation):
+            continue  # a finding of its own
         if operation.label in wrong or any(rule == "k-axis-scales" for rule, _ in match.misfits):
             continue  # then it is luck what the engine does
         kernels = ", ".join(sorted({k.kernel for k in subject.kernels(operation)}))
@@ -192,17 +211,19 @@ def conditions(subject: Subject) -> Iterator[tuple[str, Hit]]:
         match, label = subject.matches[operation.label], operation.label
         for rule, what in match.misfits:
             if operation in floats or rule == "k-axis-scales":
-                yield rule, Hit(label, what, _of_table(match, operation, rule), _exact(operation, rule))
+                yield rule, Hit(label, what, _of_table(match, operation, rule), _exact(subject, operation, rule))
         paired = operation.quantized and operation.result.alone is not None and subject.runs(operation) is False
         if paired and operation.node.op_type in PICKS:
             yield "moved-grid", Hit(label, f"{operation.node.op_type} stands between two grids, or does not only move")
         if paired and lint_match.in_kernel(subject.target, operation):
-            yield "activation-not-redundant", Hit(label, "it stands alone between two pairs, and runs in float")
+            alone = "it stands alone between two pairs, and runs in float"
+            yield "activation-not-redundant", Hit(label, alone, exact=False)
 
 
 RULES = (
     Rule(engine_refuses, "wrong"),
     Rule(signed_move, "wrong"),
+    Rule(engine_quantizes_weight, "wrong"),
     Rule(silent_float, "slow"),
     Rule(no_int8_kernel, "slow"),
     Rule(dequantized_table, "slow"),
@@ -251,6 +272,16 @@ def _own_pair(subject: Subject, operation: Operation) -> bool:
     return operation.result.alone is not None or any(origin not in subject.writers for origin in pairs)
 
 
+def _engine_weight(subject: Subject, operation: Operation) -> bool:
+    """Whether the engine runs a product of a float constant on integers."""
+    return _float_weight(operation) and subject.runs(operation) is True
+
+
+def _float_weight(operation: Operation) -> bool:
+    product = operation.node.op_type in PRODUCTS and operation.weight is None
+    return product and operation.fact.parameter("weight") is not None
+
+
 def _concerned(subject: Subject, operation: Operation) -> bool:
     """Whether somebody meant the operation to run on integers."""
     weighted = operation.node.op_type in PRODUCTS and operation.weight is not None
@@ -260,10 +291,26 @@ def _concerned(subject: Subject, operation: Operation) -> bool:
     return not moves or operation.result.alone is not None
 
 
-def _exact(operation: Operation, rule: str) -> bool:
+def clampable(file: OnnxFile, operation: Operation) -> bool:
+    """Whether the activations behind can clamp the integers of the one quantize instead."""
+    result = operation.result
+    behind = result.quantizes[0] if result.alone is not None else None
+    if behind is None or not behind.direct or behind.border or file.opset() < INTEGER_CLIP:
+        return False
+    grid, readers = behind.grid, file.readers.get(behind.node.output[0], [])
+    readable = all(r.op_type == "DequantizeLinear" and grid_of(file, r, 0).equals(grid) for r in readers)
+    bounded = all(b.bounds is not None for b in result.inside)
+    return bounded and readable and grid.eight_bit and grid.given and grid.axis is None and grid.scale is not None
+
+
+def _exact(subject: Subject, operation: Operation, rule: str) -> bool:
     """Whether the repair of a condition is one for this operation."""
     if rule == "bias-form":
         return operation.bias is not None and operation.bias.array is not None
+    if rule == "activation-not-redundant":
+        return clampable(subject.file, operation)
+    if rule == "signed-fork":  # or the engine quantizes these weights as soon as it can fuse
+        return not any(o.quantized and _float_weight(o) for o in subject.operations)
     grids = [b.grid for b in operation.result.quantizes]
     return rule != "two-quantizes" or all(g.equals(grids[0]) for g in grids)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qatgraph.backends.onnx_file import MOVES, OnnxFile, attribute
-from qatgraph.backends.stored_grids import StoredConstant, StoredGrid, grid_of
+from qatgraph.backends.stored_grids import StoredConstant, StoredGrid, grid_of, stored_constant
 from qatgraph.planning.facts import NodeFact, ParameterFact, Size
 from qatgraph.reference import Array
 
@@ -160,19 +160,24 @@ class Reader:
             if moved.constant is None and any(r.op_type == "QuantizeLinear" for r in readers):
                 return Port(role, value)  # the engine moves no pair to where a quantize stands
             return replace(moved, role=role, value=value, forks=len(readers) > 1, moved=True)
+        if node is not None and node.op_type == "Pad" and self._into_conv(node):
+            return replace(self._port(role, node.input[0]), role=role, value=value)
         if node is None or node.op_type != "DequantizeLinear":
             return Port(role, value)
         picked = file.producers.get(file.stem(node.input[0]))
         if picked is not None and picked.op_type == "Gather" and file.constant(picked.input[0]) is not None:
             return Port(role, value)  # rows of an int8 table: the table is quantized, not an activation
         rank = len(file.shape(node.input[0])) or len(file.shape(value))
-        grid, quantize = grid_of(file, node, rank), file.producers.get(file.stem(node.input[0]))
-        if file.constant(node.input[0]) is not None:
-            return Port(role, value, grid, node, StoredConstant(file, node, grid))
-        made = quantize is not None and quantize.op_type == "QuantizeLinear" and grid.eight_bit
-        if made and quantize is not None and file.constant(quantize.input[0]) is not None:
-            return Port(role, value, grid, node, StoredConstant(file, node, grid, quantize))
+        grid = grid_of(file, node, rank)
+        stored = stored_constant(file, node, grid)
+        if stored is not None:
+            return Port(role, value, grid, node, stored)
         return Port(role, value, grid, node, border=node.input[0] in file.inputs, forks=self._forks(node.input[0]))
+
+    def _into_conv(self, pad: Any) -> bool:
+        """Whether the engine lets a convolution pad by itself, before it looks for Q/DQ."""
+        readers = self.file.readers.get(pad.output[0], [])
+        return attribute(pad, "mode", b"constant") == b"constant" and [r.op_type for r in readers] == ["Conv"]
 
     def _forks(self, integers: str) -> bool:
         """Whether more than one operation reads what is dequantized of these integers."""

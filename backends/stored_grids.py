@@ -103,20 +103,31 @@ def _word(kind: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredConstant:
-    """A constant behind a dequantize, as integers in memory or as the floats that a quantize makes integers of."""
+    """A constant behind a dequantize: as integers in memory, or as the floats that a quantize makes integers of.
+    ``clip`` narrows their range in between, as QCDQ files have it."""
 
     file: OnnxFile
     dequantize: Any
     grid: StoredGrid
     quantize: Any = None
+    clip: Any = None
 
     @cached_property
     def integers(self) -> Array:
-        """``[...]`` as stored."""
-        if self.quantize is None:
-            found = self.file.constant(self.dequantize.input[0])
-            assert found is not None
+        """``[...]`` as the dequantize reads them."""
+        found = self._made if self.quantize is not None else self.file.constant(self._source)
+        assert found is not None
+        if self.clip is None:
             return found
+        low, high = (self.file.constant(v) for v in self.clip.input[1:3])
+        return np.clip(found, low, high)
+
+    @property
+    def _source(self) -> str:
+        return str((self.clip or self.dequantize).input[0])
+
+    @property
+    def _made(self) -> Array:
         floats = self.file.constant(self.quantize.input[0])
         grid = grid_of(self.file, self.quantize, 0 if floats is None else floats.ndim)
         assert floats is not None
@@ -124,3 +135,23 @@ class StoredConstant:
         assert grid.zero_point is not None
         zero = grid.zero_point.astype(np.uint8 if grid.dtype == "u8" else np.int8)
         return quantize(floats, grid.scale, zero, axis=grid.axis or 0)
+
+
+def stored_constant(file: OnnxFile, dequantize: Any, grid: StoredGrid) -> StoredConstant | None:
+    """What a dequantize reads, if it is a constant."""
+    source = dequantize.input[0]
+    clip = file.producers.get(file.stem(source))
+    if clip is not None and clip.op_type == "Clip":
+        bounded = len(clip.input) == 3 and all(file.constant(v) is not None for v in clip.input[1:])
+        if not bounded:
+            return None
+        source = clip.input[0]
+    else:
+        clip = None
+    if file.constant(source) is not None:
+        return StoredConstant(file, dequantize, grid, clip=clip)
+    node = file.producers.get(file.stem(source))
+    made = node is not None and node.op_type == "QuantizeLinear" and grid.eight_bit
+    if node is None or not made or file.constant(node.input[0]) is None:
+        return None
+    return StoredConstant(file, dequantize, grid, node, clip)

@@ -198,11 +198,35 @@ def pair_behind_pair(g: Grid) -> Sketch:
     return end(s, s.op("MatMul", x, s.weight(16, 8)), U8)
 
 
-def float_weight() -> Sketch:
+def masked() -> Sketch:
+    """Scores and the smallest float on one grid."""
+    s = Sketch()
+    lowest = grid(float(np.finfo(np.float32).max / 256), 255)
+    y = s.dq(s.q(s.input("x", 4, 16), lowest, name="op"), lowest)
+    return end(s, s.op("MatMul", y, s.weight(16, 8)), None)
+
+
+def padded(pads: int) -> Sketch:
+    """A Pad between the pair and a convolution, as exporters write it even where it adds nothing."""
+    s = Sketch()
+    x = s.op("Pad", s.qdq(s.input("x", *IMAGE)), s.constant(np.array([0, 0, pads, pads] * 2)), name="pad")
+    return end(s, s.op("Conv", x, s.weight(8, 8, 3, 3), name="op"), U8)
+
+
+def float_weight(*, narrow: bool = False) -> Sketch:
+    """``narrow``: a Clip between the two nodes keeps -128 out, as QCDQ files have it."""
     s = Sketch()
     x, g = s.qdq(s.input("x", 4, 16)), grid(0.01, 0, np.int8)
-    numbers = s.constant(s.rng.uniform(-0.6, 0.6, (16, 8)).astype(np.float32))
-    return end(s, s.op("MatMul", x, s.dq(s.q(numbers, g, name="op"), g)), None)
+    integers = s.q(s.constant(s.rng.uniform(-0.6, 0.6, (16, 8)).astype(np.float32)), g, name="op")
+    bounds = [s.constant(np.int8(b)) for b in (-127, 127)]
+    integers = s.op("Clip", integers, *bounds) if narrow else integers
+    return end(s, s.op("MatMul", x, s.dq(integers, g)), None)
+
+
+def bare_filter() -> Sketch:
+    """A convolution between pairs whose weight no tool has quantized."""
+    s = Sketch()
+    return end(s, s.op("Conv", s.qdq(s.input("x", *IMAGE)), s.floats(8, 8, 3, 3), name="op"), U8)
 
 
 def residual(written: str = "Add") -> Sketch:
@@ -292,6 +316,7 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "filter with several zero points": ("weight-zero-points", lambda: conv(zero=3)),
     "scale of zero": ("bad-scale", lambda: stored(0 * MINUS_128, [0.01] * 7 + [0], "weight")),
     "denormal scale": ("bad-scale", lambda: stored(0 * MINUS_128, [0.01] * 7 + [1e-40], "weight")),
+    "scale of a mask": ("mask-on-grid", masked),
     "16-bit activations": ("sixteen-bit", lambda: linear(x=U16)),
     "float16": ("half-precision", half),
     "scale of rank 1": ("scale-rank", lambda: two("Add", out=ONE)),
@@ -310,6 +335,7 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "Conv on two grids": ("two-quantizes", lambda: also(lambda s: s.qdq("op_out", grid(0.05, 100)))),
     "Conv behind two equal quantizes": ("two-quantizes", lambda: also(lambda s: s.qdq("op_out"))),
     "ReLU in front of symmetric s8": ("activation-not-redundant", lambda: conv(relu, out=S8)),
+    "Clip in front of symmetric s8": ("activation-not-redundant", lambda: conv(clip(3.5), out=S8)),
     "ReLU between a product and s8": ("activation-not-redundant", lambda: product_and_relu(S8)),
     "ReLU of a float product": ("activation-behind", lambda: activated(linear(), relu)),
     "ReLU of a float Gemm": ("activation-behind", lambda: activated(gemm("int32"), relu)),
@@ -336,6 +362,8 @@ DEFECTS: dict[str, tuple[str, Build]] = {
     "Tile between two grids": ("moved-grid", lambda: tile(grid(0.05, 100))),
     "table dequantized before Gather": ("dequantized-table", embedding),
     "weight stored in float": ("float-weight", float_weight),
+    "weight stored in float, narrowed": ("float-weight", lambda: float_weight(narrow=True)),
+    "Conv with a float weight between pairs": ("engine-quantizes-weight", bare_filter),
     "pair behind an equal pair": ("double-quantize", lambda: pair_behind_pair(U8)),
     "pair behind another pair": ("double-quantize", lambda: pair_behind_pair(grid(0.05, 100))),
     "shared zero point": ("shared-zero-point", shared),
@@ -362,6 +390,8 @@ CLEAN: dict[str, Build] = {
     "Conv and the Clip of its grid": lambda: conv(clip(5.1), out=RELU),
     "Conv from s8 to s8": lambda: conv(x=S8, out=S8, step=float(np.float32(0.03) * np.float32(0.01))),
     "Conv from u8 to s8": lambda: conv(out=S8),
+    "Conv behind a Pad": lambda: padded(1),
+    "Conv behind a Pad of nothing": lambda: padded(0),
     "Add": lambda: two("Add"),
     "Add of u8 and s8": lambda: two("Add", b=S8),
     "Mul": lambda: two("Mul"),

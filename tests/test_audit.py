@@ -51,11 +51,15 @@ def written(tmp_path: Path) -> Callable[[Sketch], Path]:
 @pytest.mark.parametrize(
     ("build", "code", "words"),
     [
-        (linear, 0, ["model.onnx: 0 wrong, 0 slow, 0 risk; 1 of 1 nodes run on integers"]),
+        (
+            linear,
+            0,
+            ["model.onnx: 0 wrong, 0 slow, 0 risk", "of 1 products (Conv, MatMul, Gemm) 1 run in int8, 0 in float"],
+        ),
         (
             lambda: linear(bias="vector"),
             0,
-            ["1 slow", "slow bias-form  1  --fix repairs it", "op: its bias is a float"],
+            ["1 slow", "slow bias-form  1  100% of the multiplications  --fix", "op: its bias is a float"],
         ),
         (lambda: linear(axis=0), 1, ["1 wrong", "wrong k-axis-scales  1", "why: ", "do: put the scales on the output"]),
     ],
@@ -84,7 +88,7 @@ def test_many_findings_of_a_rule_are_cut_in_the_text_and_whole_as_json(written: 
         y = s.op("MatMul", s.qdq(y), s.weight(16, 16, bound=127))
     s.out(y)
     path = written(s)
-    assert "and 8 more, see --json" in audit(path).stdout
+    assert "and 17 more, see --json" in audit(path).stdout
     assert len(json.loads(audit(path, "--json").stdout)["findings"]) == 20
 
 

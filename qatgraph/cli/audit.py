@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from qatgraph.backends.lint import Lint
     from qatgraph.backends.lint_fix import Repaired
 
-SHOWN = 12  # nodes of one rule; --json has all
+SHOWN = 3  # nodes of one rule; --json has all
 
 
 @app.command()
@@ -39,6 +40,8 @@ def audit(
     model = onnx_file.load(file)
     with busy(f"reading {file.name} and what the engine makes of it"):
         found = lint.lint(model)
+    if not as_json:
+        _print(file.name, found)
     repaired = None
     if fix is not None and any(f.fix for f in found.findings):
         with busy("repairing, and running both files"):
@@ -46,7 +49,6 @@ def audit(
     if as_json:
         print(json.dumps({**found.as_json(), "fix": repaired.as_json() if repaired is not None else None}, indent=1))
     else:
-        _print(file.name, found)
         _print_repair(found, fix, repaired)
     if found.counts["wrong"]:
         raise typer.Exit(1)
@@ -58,14 +60,22 @@ def _print(name: str, found: Lint) -> None:
     from rich.text import Text
 
     console = Console()
-    int8 = sum(k.int8 for k in found.kernels)
     counts = ", ".join(f"{number} {severity}" for severity, number in found.counts.items())
-    console.print(Text(f"{name}: {counts}; {int8} of {len(found.kernels)} nodes run on integers"))
+    runs = Counter(p.runs for p in found.products)
+    console.print(Text(f"{name}: {counts}"))
+    console.print(
+        Text(f"of {len(found.products)} products (Conv, MatMul, Gemm) {runs['int8']} run in int8, ")
+        + Text(f"{runs['float']} in float behind Q/DQ, {runs['bare']} are not quantized")
+    )
+    if found.unexplained:
+        console.print(Text(f"no rule explains the float of {', '.join(found.unexplained)}: report it with the file"))
     for rule in dict.fromkeys(f.rule for f in found.findings):
         hits = [f for f in found.findings if f.rule == rule]
         first = hits[0]
         style = {"wrong": "bold red", "slow": "yellow", "risk": "cyan"}[first.severity]
         title = Text.assemble("\n", (f"{first.severity} ", style), (rule, "bold"), f"  {len(hits)}")
+        work = found.work(rule) if first.severity == "slow" else 0
+        title += Text(f"  {work:.0%} of the multiplications" if work else "")
         console.print(title + Text("  --fix repairs it" if any(f.fix for f in hits) else ""))
         for hit in hits[:SHOWN]:
             console.print(Padding(Text.assemble((hit.node, "bold"), f": {hit.what}"), (0, 0, 0, 2)))

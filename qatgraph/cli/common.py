@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+NAME, WORD = 30, 14  # characters of a table's columns that stay together
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -41,6 +43,19 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(Text(text))
 
 
+def least_widths(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> list[int]:
+    """How narrow each column may become: words and numbers stay whole up to ``WORD`` characters, sentences fold.
+
+    The names in the first column get ``NAME``, less where the rest would leave the line: what leaves it is cut.
+    """
+    cells = [(column, *(row[i] for row in rows)) for i, column in enumerate(columns)]
+    words = [max((len(w) for cell in column for w in cell.split()), default=0) for column in cells[1:]]
+    wholes = [min(word, WORD) for word in words]
+    left = width - sum(wholes) - 2 * len(wholes)
+    longest = max(map(len, cells[0]))
+    return [min(longest, NAME, max(left, len(columns[0]), 1)), *wholes]
+
+
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -49,9 +64,7 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
     console = Console()
     console.print(Text(title))
     table = Table(box=None, pad_edge=False)
-    longest = max((len(row[0]) for row in rows), default=0)
-    for i, column in enumerate(columns):  # names and numbers stay whole, sentences fold
-        whole = min(longest, 30) if i == 0 else max(map(len, column.split()), default=0)
+    for column, whole in zip(columns, least_widths(columns, rows, console.width), strict=True):
         table.add_column(column, overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

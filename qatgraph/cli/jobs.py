@@ -139,7 +139,7 @@ def saturation(job: JobFile, target: TargetOption = None, passes: PassesOption =
 
 def _show_saturation(found: dict[str, Any]) -> None:
     layers, cures = found["layers"], found["cures"]
-    shares, worst = ("channels_that_could", "pairs_that_do", "outputs_that_do"), "{index}: {outputs_that_do:.0%}"
+    shares, worst = ("channels_that_could", "pairs_that_do", "outputs_that_do"), "{index}:{outputs_that_do:.0%}"
     print_table(
         f"{found['target']} at full range on x86 without VNNI: channels that could saturate, pair sums and outputs "
         "that do, the worst channel and its share of outputs",
