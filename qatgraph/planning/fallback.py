@@ -99,10 +99,14 @@ def fallback_lines(plan: Plan) -> list[str]:
     """The same in a few lines."""
     found = fallback_report(plan)
     cost = f", about {found['boundary_us']:.3g} us" if "boundary_us" in found else ""
-    borders = f"{found['quantizes']} quantizes and {found['dequantizes']} dequantizes"
+    borders = f"{_many(found['quantizes'], 'quantize')} and {_many(found['dequantizes'], 'dequantize')}"
     moved = f"{found['boundary_bytes'] / 1024:.0f} KiB on the example batch{cost}"
-    lines = [f"  borders {found['int8_partitions']} int8 partitions; {borders} move {moved}"]
+    lines = [f"  borders {_many(found['int8_partitions'], 'int8 partition')}; {borders} move {moved}"]
     if found["operations"]:
         lines.append(f"  falls back: {found['share']:.0%} of the work ({found['work']}), first")
         lines += [f"    {text}" for text in found["first"]]
     return lines
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")

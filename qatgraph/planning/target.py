@@ -160,7 +160,7 @@ def ordered(version: str) -> tuple[int, ...]:
 
 
 def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
-    """Why a grid cannot be trained at this place; empty if it can."""
+    """Why a grid cannot be trained at this place; empty if it can. ``op``: the kinds of a row; none, of any kind."""
     if spec.dtype is DType.S32 or spec.scale is ScaleRule.DERIVED:
         return "that is the grid of a bias: bias = ['int32']"
     if spec.scale is ScaleRule.DYNAMIC:
@@ -185,7 +185,7 @@ def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
 
 
 def _no_blocks(op: str, role: str, spec: QuantSpec) -> str:
-    if role != "weight" or op != "linear":
+    if role != "weight" or op not in ("", "linear"):
         return "only the weight of a linear has blocks"
     if spec.dtype not in (DType.S4, DType.S8) or spec.scheme is not Scheme.SYMMETRIC:
         return "blocks are s4 or s8 symmetric"
