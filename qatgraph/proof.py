@@ -187,6 +187,8 @@ def _same_on_haswell(
         return f"not asked: it differs there by design, since '{plan.target}' requires VNNI"
     if not backend.SAME_EVERYWHERE:
         return f"not asked: the float kernels of {backend.NAME} differ in the last bit between instruction sets"
+    if any(q.spec.block is not None for q in plan.quantizers):
+        return "not asked: the sums over blocks of weights are of floats, in another order on each instruction set"
     if not backend.can_emulate():
         return f"{NOT_RUN}: qemu-x86_64 is not installed"
     native = backend.run(backend.session(model), feed)

@@ -43,7 +43,7 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "in float": ("linear.gemm", {"placement": "engine-float"}, "in int8"),
     "in int8": ("clamp.float", {"placement": "int8"}, "not in int8"),
     "all sizes known": ("linear.gemm", {"dynamic": False}, "not FullyConnected"),
-    "another sum": ("linear.gemm", {"requant": "moved"}, "wrong"),
+    "another sum": ("conv.integers", {"requant": "moved"}, "wrong"),
 }
 
 
@@ -52,6 +52,6 @@ def test_a_false_row_is_shown(native: Engine, lie: str) -> None:
     name, change, why = LIES[lie]
     false = row(name).model_copy(update=change)
     table = Target.model_construct(**{**dict(TABLE), "row": tuple(false if r.id == name else r for r in TABLE.row)})
-    found = probe_row(table, false, native, 25)
+    found = probe_row(table, false, native, 100)
     assert found.verdict == "false"
     assert why in found.why

@@ -38,7 +38,7 @@ class NodeFact:
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
     ``output`` if the model returns it, ``outputs`` then the names under which it does; ``low`` the smallest value that
     the operation can give, if it has one; ``zeros`` says that it pads an image with zeros,
-    ``beyond`` that it averages windows that count padding, and may reach beyond it (``ceil_mode``);
+    ``beyond`` that windows may reach beyond the padding (``ceil_mode``), of an average those that count it;
     ``bytes`` its size on the example batch, and ``macs`` its multiply-accumulates there. ``absent`` says why no kernel
     is left of it, if none is: it is a ``constant`` (it depends on no input), or only gives a ``state`` of the model a
     new value.
@@ -70,6 +70,12 @@ class NodeFact:
     @property
     def dynamic(self) -> bool:
         return any(isinstance(s, str) for s in self.x_shape)
+
+    @property
+    def terms(self) -> int:
+        """How many products a sum of a linear or a convolution has; 0 of others."""
+        weight = self.parameter("weight")
+        return math.prod(weight.shape[1:]) if weight is not None and self.macs else 0
 
     @property
     def depthwise(self) -> bool:
@@ -168,10 +174,12 @@ def _pads_images(node: fx.Node) -> bool:
     return plain and all(isinstance(e, int) and e >= 0 for e in ends) and not any(ends[spatial:])
 
 
-def _reaches_beyond(node: fx.Node) -> bool:
-    """Whether the last window of an average pool may count more than the padding, which torch does not."""
+def _reaches_beyond(node: fx.Node, kind: str) -> bool:
+    """Whether the last window of a pool may reach beyond the padding; of an average, only if it counts the padding."""
     from qatgraph.rewriting.matcher import attribute
 
+    if kind.startswith("max_pool"):
+        return bool(attribute(node, "ceil_mode"))
     padding = attribute(node, "padding")
     pads = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
     return bool(pads and attribute(node, "ceil_mode") and attribute(node, "count_include_pad"))
@@ -268,7 +276,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             macs=macs_of(node, known.kind),
             low=_low(node, known.kind),
             zeros=known.kind == "pad" and _pads_images(node),
-            beyond=known.kind.startswith("avg_pool") and _reaches_beyond(node),
+            beyond=known.kind.startswith(("avg_pool", "max_pool")) and _reaches_beyond(node, known.kind),
             absent="constant" if node not in varying else "" if node in needed else "state",
             outputs=returned.get(node, ()),
         )

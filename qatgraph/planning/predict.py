@@ -49,8 +49,10 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         return f"the row is for batches, the input is {fact.words()['shape']}"
     if row.depthwise is not None and row.depthwise != fact.depthwise:
         return f"the row is for {'one filter' if row.depthwise else 'several filters'} a channel"
+    if fact.terms < row.least_terms:
+        return f"the row is for sums of {row.least_terms} products or more, here they are of {fact.terms}"
     if row.beyond is not None and row.beyond != fact.beyond:
-        return "its last window reaches beyond the padding, which the engine's kernel counts and torch does not"
+        return "its last window reaches beyond the padding, where the engine's kernel does other than torch"
     reader = next((k for k in fact.readers if k in row.not_read_by), None)
     if reader is not None:
         return (

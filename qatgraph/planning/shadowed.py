@@ -43,6 +43,9 @@ def takes_all_of(front: Row, row: Row) -> bool:
             front.dynamic in (None, row.dynamic),
             front.reads in (0, row.reads),
             front.depthwise in (None, row.depthwise),
+            front.beyond in (None, row.beyond),
+            front.batched <= row.batched,
+            front.least_terms <= row.least_terms,
             set(front.not_read_by) <= set(row.not_read_by),
         )
     )

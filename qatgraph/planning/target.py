@@ -47,8 +47,9 @@ class Row(UserModel):
     another node. ``placement``: int8, engine-float (the engine's float kernel) or host. ``form``: how the lowering
     writes it. ``bias``: the forms that this row takes: none, int32 (DequantizeLinear of an int32 tensor), row (``[1,
     .., N]``) or vector (``[N]``). ``batched``: the input has samples and channels in front of its spatial axes.
-    ``depthwise``: whether each channel has a filter of its own and nothing else. ``beyond``: whether windows of an
-    average that count padding may reach beyond it. ``reads``: how many activations it takes; constants and numbers do
+    ``depthwise``: whether each channel has a filter of its own and nothing else. ``least_terms``: how many products a
+    sum has at least. ``beyond``: whether windows may reach beyond the padding (``ceil_mode``), of an average those that
+    count it. ``reads``: how many activations it takes; constants and numbers do
     not count. ``not_read_by``: kinds that must not read the result. ``fuses_after``: kinds of one region with this node
     that its kernel takes in, if their smallest value is 0; the grid ``out`` stands behind them. ``fuses_before``: kinds
     that it takes in on the way to ``x``, if it alone reads them: a ``pad`` with zeros; the grid stands in front of
@@ -78,6 +79,7 @@ class Row(UserModel):
     dynamic: bool | None = None
     batched: bool = False
     depthwise: bool | None = None
+    least_terms: int = 0
     beyond: bool | None = None
     reads: int = 0
     x: tuple[Spec, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -35,6 +36,8 @@ def _few(draw: Draw, count: int, low: int, high: int) -> list[int]:
 def _conv_sizes(draw: Draw, row: Row, axes: int) -> dict[str, Any]:
     """Sizes that fit each other: at least one whole window in what is padded."""
     kernel, stride, dilation = (_few(draw, axes, 1, most) for most in (3, 2, 2))
+    if row.depthwise:
+        kernel[-1] = max(kernel[-1], row.least_terms)
     padding = [draws.count(draw, 0, d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)]
     window = zip(kernel, dilation, padding, _few(draw, axes, 0, 4 if axes < 3 else 1), strict=True)
     sizes = [max(d * (k - 1) + 1 - 2 * p, 1) + more for k, d, p, more in window]
@@ -43,7 +46,7 @@ def _conv_sizes(draw: Draw, row: Row, axes: int) -> dict[str, Any]:
         width = 1
     else:
         groups = draws.one_of(draw, (1, 2, 3))
-        width = draws.one_of(draw, (1, 2, 3, 4, 8, 17))
+        width = draws.one_of(draw, [n for n in (1, 2, 3, 4, 8, 17) if n * math.prod(kernel) >= row.least_terms])
         least = 2 if width == 1 < groups and row.depthwise is False else 1  # else each channel had a filter of its own
         outputs = groups * draws.one_of(draw, [n for n in (1, 2, 3, 8) if n >= least])
     return {"kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding, "groups": groups,
@@ -135,7 +138,7 @@ def _draw_pool(axes: int, *, average: bool) -> Any:
         x = draws.activation(draw, draws.one_of(draw, row.x or (draws.U8,)), shape)
         own = {"count_include_pad": draws.flag(draw)} if average else {}
         counts = own.get("count_include_pad", False) and any(padding)
-        ceil = (row.beyond is None or not counts) and draws.flag(draw)
+        ceil = (row.beyond is None or (average and not counts)) and draws.flag(draw)
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil} | own
         return {"form": row.form, "inputs": {"x": x}, "attributes": attributes}
 
