@@ -42,13 +42,18 @@ class _File:
     def core(self, name: str) -> Any:
         return next((self.nodes[n] for n in (f"{name}/{op}" for op in CORES) if n in self.nodes), None)
 
+    def constant(self, value: str) -> bool:
+        """Whether a value depends on no input of the file."""
+        source = self.producers.get(value)
+        return value in self.constants or (source is not None and all(map(self.constant, source.input)))
+
     def quantized(self, value: str) -> tuple[str, str] | None:
         """(float border, integers) of which a dequantize gave this value, if it is no constant.
 
         There is no border where the model takes integers.
         """
         dequantize = self.producers.get(value)
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in self.constants:
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or self.constant(dequantize.input[0]):
             return None
         integers = str(dequantize.input[0])
         source = self.producers.get(integers)

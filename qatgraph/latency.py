@@ -11,14 +11,16 @@ import torch
 from qatgraph import api
 from qatgraph.ir.graph import Batch, Graph, export_shapes
 from qatgraph.planning.recipe import Override, Recipe
+from qatgraph.planning.target import builtin_for
 from qatgraph.proof import feed_of
 from qatgraph.report.machine import isa
 
 FLOAT = Recipe(name="float", override=(Override(select="*", place="float", why="what the artifact is compared with"),))
 
 
-def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch, target: str) -> dict[str, Any]:
-    """Median milliseconds of the artifact and two float files on the target's engine, interleaved, one thread."""
+def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch, backend_name: str) -> dict[str, Any]:
+    """Median milliseconds of the artifact and two float files on a backend's engine, interleaved, one thread."""
+    target = builtin_for(backend_name)
     plan = api.plan(graph, target, FLOAT)
     backend = api.load_backend(plan)
     feed = feed_of(graph, batch)
@@ -37,7 +39,7 @@ def measure(model: torch.nn.Module, graph: Graph, artifact: Path, batch: Batch, 
         "batch": {name: list(array.shape) for name, array in feed.items()},
         "how": f"medians of 15 interleaved runs in one process, one thread, {backend.SESSION}; float_ms: "
         "torch.onnx.export(dynamo=True, opset_version=20) with its defaults; float_same_options_ms: the float model "
-        f"lowered as the artifact is ({plan.target})",
+        f"lowered for {plan.target}, as the artifact is",
     }
 
 

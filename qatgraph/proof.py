@@ -273,8 +273,9 @@ def _segments(
     with torch.no_grad():
         results = replay.run(*qdq.leaves(batch, "evaluation batch"), enable_io_processing=False)
     for tap in taps:
-        for quantize, border, integers in zip(regions[tap.node].quantizes, tap.borders, tap.integers, strict=False):
-            if border is None or quantize.target is not QUANTIZE:
+        region = regions[tap.node]
+        for quantize, border, integers in zip(region.quantizes, tap.borders, tap.integers, strict=False):
+            if border is None or not (region.reads_floats or quantize.target is QUANTIZE):
                 yield f"integers in front of '{tap.node}'", _difference(integers, replay.env[quantize])
             else:
                 yield f"in front of '{tap.node}'", _difference(border, replay.env[quantize.all_input_nodes[0]])

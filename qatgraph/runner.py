@@ -187,7 +187,7 @@ def _one_seed(
     if first:
         save_state(qat, scratch / "qat.safetensors")
         (scratch / "plan.json").write_text(planned.to_json(), encoding="utf-8")
-        report.latency = measure(setup.model, setup.graph, file, data.latency, _beside(path, job.target))
+        report.latency = measure(setup.model, setup.graph, file, data.latency, planned.backend)
     else:
         file.unlink()
     return report, data.facts

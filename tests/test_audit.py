@@ -77,7 +77,7 @@ def test_as_json(written: Callable[[Sketch], Path]) -> None:
     assert found["counts"] == {"wrong": 0, "slow": 1, "risk": 0}
     assert found["findings"][0]["rule"] == "bias-form"
     assert found["findings"][0]["fix"] is True
-    assert found["kernels"] == [{"name": "op", "kernel": "Gemm", "int8": False, "moves": False}]
+    assert found["kernels"] == [{"name": "op", "kernel": "Gemm", "int8": False, "moves": False, "reads": ""}]
     assert found["fix"] is None
 
 

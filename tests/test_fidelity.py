@@ -161,7 +161,7 @@ def test_latency_keeps_its_promises_and_touches_nothing(artifact: Path) -> None:
     model.get_submodule("up").eval()
     model(X).sum().backward()
     before, content = state(model, graph), artifact.read_bytes()
-    found = measure(model, graph, artifact, X, "ort-cpu")
+    found = measure(model, graph, artifact, X, "ort_cpu")
     assert set(found) == {
         *("isa", "float_ms", "float_same_options_ms", "engine_ms", "ratio", "ratio_same_options", "batch", "how")
     }

@@ -258,7 +258,7 @@ def test_passes() -> None:
 
 
 def test_targets() -> None:
-    assert [t["name"] for t in as_json("targets")] == ["ort-cpu", "ort-cpu-vnni"]
+    assert [t["name"] for t in as_json("targets")] == ["openvino-cpu", "ort-cpu", "ort-cpu-vnni"]
     assert "ort-cpu" in answer("targets")
     for name, table in (("ort-cpu", load_target("ort-cpu")), (TOY, load_target(TOY))):
         text = answer("targets", name)

@@ -42,7 +42,6 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a part of another": ("max_pool.integers", {"kernel": "Concatenation"}, "not Concatenation"),
     "in float": ("linear.gemm", {"placement": "engine-float"}, "in int8"),
     "in int8": ("clamp.float", {"placement": "int8"}, "not in int8"),
-    "all sizes known": ("linear.gemm", {"dynamic": False}, "not FullyConnected"),
     "another sum": ("conv.integers", {"requant": "moved"}, "wrong"),
 }
 

@@ -65,7 +65,7 @@ def test_every_file_is_proved(name: str, tmp_path: Path) -> None:
     assert report.kernels["planned"] == report.kernels["realized"] == len(int8 - tables) > 0
     assert (report.kernels["int8_tables"], report.kernels["unnamed_int8"]) == (len(tables), [])
     assert sum(report.kernels["pinned"].values()) == sum(p.pinned for p in found.plan.predictions)
-    assert report.parity["integers"] > 0
+    assert (report.parity["integers"] > 0) == (name != "pixels")  # there nothing is quantized
     assert report.parity["max_steps"] == 0
     assert report.fidelity["samples"] == sum(len(b if isinstance(b, torch.Tensor) else b["input_ids"]) for b in batches)
     assert report.fidelity["engine"]["cosine_min"] > 0.99

@@ -73,9 +73,9 @@ class NodeFact:
 
     @property
     def terms(self) -> int:
-        """How many products a sum of a linear or a convolution has; 0 of others."""
+        """How many products a sum of a linear or a convolution has; 0 without a constant weight."""
         weight = self.parameter("weight")
-        return math.prod(weight.shape[1:]) if weight is not None and self.macs else 0
+        return math.prod(weight.shape[1:]) if weight is not None else 0
 
     @property
     def depthwise(self) -> bool:

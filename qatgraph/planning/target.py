@@ -261,6 +261,11 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted({_builtin(n).backend for n in builtin_names()} - {""}))
 
 
+def builtin_for(backend: str) -> str:
+    """The first built-in target that lowers with a backend."""
+    return next(n for n in builtin_names() if _builtin(n).backend == backend)
+
+
 def target_names() -> tuple[str, ...]:
     """Every target that can be named: the built-in ones, then those of installed packages."""
     return (*builtin_names(), *PLUGINS.names(builtin_names()))
