@@ -190,7 +190,7 @@ ZOO: dict[str, Case] = {
     "gpt2": Case(Gpt2Mlp, lambda seed: floats(2, 5, WIDTH, seed=seed), {"x": BATCH}),
     "images": Case(Images, lambda seed: floats(2, 3, 9, 9, seed=seed), {"x": BATCH}),
     "erf-gelu": Case(ErfGelu, lambda seed: floats(4, WIDTH, seed=seed)),
-    "pixels": Case(Pixels, lambda seed: pixels(16, 3, 8, 8, seed=seed), {"image": BATCH}),
+    "pixels": Case(Pixels, lambda seed: pixels(64, 3, 8, 8, seed=seed), {"image": BATCH}),
 }
 
 # What only the passes can read: layers in arithmetic, writes in place, a decomposed program.
