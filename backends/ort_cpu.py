@@ -14,7 +14,7 @@ from qatgraph.backends.artifact import REQUIRES, metadata, parse
 from qatgraph.backends.qdq_onnx import to_onnx, write_atomically
 from qatgraph.errors import LowerError
 from qatgraph.ir.graph import Graph
-from qatgraph.kernels import KernelNode
+from qatgraph.kernels import DEQUANTIZE, QUANTIZE, KernelNode
 from qatgraph.parity import RegionTap
 from qatgraph.planning.plan import Plan
 from qatgraph.planning.target import Target
@@ -154,13 +154,21 @@ def kernel_nodes(written: Any, graph: Any) -> list[KernelNode]:
     tables = {i.name for i in graph.initializer if i.data_type in bytes_}
     integers = {i.name for i in graph.input if i.type.tensor_type.elem_type in bytes_}
     names, producers = {n.name for n in written.node}, {o: n for n in written.node for o in n.output}
-    found = []
+    found, turned = [], dict[str, str]()
     for node in graph.node:
+        if node.op_type == "Transpose":
+            turned[node.output[0]] = turned.get(node.input[0], node.input[0])
         moves = node.op_type in MOVERS and node.input[0] in integers
         int8 = moves or node.op_type in INT8_KERNELS or (node.op_type == "Gather" and node.input[0] in tables)
         if moves or _writes_integers(node):
             integers.update(node.output)
-        found.append(KernelNode(_written_name(node, names, producers), node.op_type, int8, moves, node.input[0]))
+        reads = turned.get(node.input[0], node.input[0]) if node.input else ""
+        own = node.op_type in (
+            QUANTIZE,
+            DEQUANTIZE,
+        )  # of these the engine keeps the name, and gives its own none of ours
+        name = str(node.name) if own else _written_name(node, names, producers)
+        found.append(KernelNode(name, node.op_type, int8, moves, reads))
     return found
 
 

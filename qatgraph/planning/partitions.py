@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from qatgraph.ops import keeps_grid
 from qatgraph.planning.choices import Choice, Choices, Readers, tail, takes_integers
 from qatgraph.planning.cost import Cost
 from qatgraph.planning.facts import NodeFact
@@ -15,6 +14,7 @@ from qatgraph.planning.grids import port_options
 from qatgraph.planning.plan import Partition
 
 Edge = tuple[str, str]
+GONE = "dropout"  # no node of it is left when the engine runs
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def reads_floats(value: str, borders: Borders, choices: Choices, readers: Reader
     choice = choices[value]
     return ("output" in choice.fact.readers and choice.border is None) or any(
         not (choices[n].inside or (choices[n].int8 and takes_integers(choices[n])))
-        and not (keeps_grid(choices[n].fact.kind) and not reads_floats(n, borders, choices, readers))
+        and not (choices[n].fact.kind == GONE and not reads_floats(n, borders, choices, readers))
         for n in readers.get(value, ())
     )
 
 
 def _source(value: str, writes: dict[str, str], choices: Choices) -> str:
-    """The value that a kernel writes as integers in front of what only moves them, such as a dropout, or itself."""
+    """The value that a kernel writes as integers in front of a dropout, or itself."""
     found = value
-    while found not in writes and found in choices and keeps_grid(choices[found].fact.kind):
+    while found not in writes and found in choices and choices[found].fact.kind == GONE:
         found = choices[found].fact.inputs[0][1]
     return found if found in writes else value
 
