@@ -163,11 +163,8 @@ def kernel_nodes(written: Any, graph: Any) -> list[KernelNode]:
         if moves or _writes_integers(node):
             integers.update(node.output)
         reads = turned.get(node.input[0], node.input[0]) if node.input else ""
-        own = node.op_type in (
-            QUANTIZE,
-            DEQUANTIZE,
-        )  # of these the engine keeps the name, and gives its own none of ours
-        name = str(node.name) if own else _written_name(node, names, producers)
+        inserted = node.name.partition("_token_")[0] in (QUANTIZE, DEQUANTIZE)  # around a transpose, by the engine
+        name = str(node.name) if inserted else _written_name(node, names, producers)
         found.append(KernelNode(name, node.op_type, int8, moves, reads))
     return found
 
