@@ -56,19 +56,6 @@ def test_groups_are_convex_of_one_placement_and_hold_every_node_once(drawn: Draw
     assert not leaves_and_comes_back(edges, groups)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(dags())
-def test_no_two_groups_that_an_edge_joins_could_be_one(drawn: Drawn) -> None:
-    edges, placement = drawn
-    groups = convex_groups(edges, [], placement)
-    number = {n: i for i, g in enumerate(groups) for n in g}
-    for a, b in edges:
-        i, j = number[a], number[b]
-        if placement[a] == placement[b] and i != j:
-            rest = [g for k, g in enumerate(groups) if k not in (i, j)]
-            assert not is_convex(edges, [*rest, groups[i] + groups[j]])
-
-
 DIAMOND = [("a", "f"), ("f", "b"), ("a", "b")]
 
 

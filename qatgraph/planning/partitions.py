@@ -96,34 +96,13 @@ def is_convex(edges: Iterable[Edge], groups: Sequence[Iterable[str]]) -> bool:
 
 
 def convex_groups(edges: Sequence[Edge], ties: Iterable[Edge], placement: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Maximal convex groups of nodes of one placement that edges or ties join; of two that exclude each other, the
-    first in the order of ``placement``, which is one of the data flow, stays.
+    """Convex groups of nodes of one placement that edges or ties join, in the order of ``placement``, which is one of
+    the data flow.
 
-    ``ties`` are pairs that belong together without an edge: two readers of one quantize.
-    """
-    rank = {name: i for i, name in enumerate(placement)}
-    joined = [p for p in [*edges, *ties] if placement[p[0]] == placement[p[1]]]
-    group = {name: i for i, names in enumerate(_by_depth(edges, joined, placement)) for name in names}
-    order = sorted(joined, key=lambda p: (rank[p[1]], rank[p[0]]))
-    while True:
-        view, merged = _quotient(edges, group), False
-        for a, b in order:
-            one, other = group[a], group[b]
-            if one != other and not _around(view, one, other) and not _around(view, other, one):
-                group = {n: one if g == other else g for n, g in group.items()}
-                view, merged = _quotient(edges, group), True
-        if not merged:
-            break
-    found: dict[int, list[str]] = {}
-    for name in placement:
-        found.setdefault(group[name], []).append(name)
-    return [tuple(names) for names in found.values()]
-
-
-def _by_depth(edges: Sequence[Edge], joined: Iterable[Edge], placement: Mapping[str, str]) -> list[set[str]]:
-    """Connected nodes over which a path from the inputs has changed placement equally often at most.
-
-    Convex, since along a path that number never falls, and rises where it leaves a placement.
+    ``ties`` are pairs that belong together without an edge: two readers of one quantize. A node lies as deep as a path
+    to it has changed placement at most, and a group is connected within one depth. Along a path the depth never falls,
+    and it rises where the path leaves a placement, so no path leaves a group and comes back. Groups may stay apart that
+    could be one: to find those takes a search for paths around, which grows with the square of the graph.
     """
     before: dict[str, list[str]] = {name: [] for name in placement}
     for a, b in edges:
@@ -133,8 +112,12 @@ def _by_depth(edges: Sequence[Edge], joined: Iterable[Edge], placement: Mapping[
         depth[name] = max((depth[a] + (placement[a] != placement[name]) for a in before[name]), default=0)
     view: nx.Graph[str] = nx.Graph()
     view.add_nodes_from(placement)
-    view.add_edges_from(p for p in joined if depth[p[0]] == depth[p[1]])
-    return list(nx.connected_components(view))
+    joined = (p for p in [*edges, *ties] if placement[p[0]] == placement[p[1]] and depth[p[0]] == depth[p[1]])
+    view.add_edges_from(joined)
+    rank = {name: i for i, name in enumerate(placement)}
+    return sorted(
+        (tuple(sorted(c, key=rank.__getitem__)) for c in nx.connected_components(view)), key=lambda g: rank[g[0]]
+    )
 
 
 def _quotient(edges: Iterable[Edge], group: Mapping[str, int]) -> nx.DiGraph[int]:
@@ -142,11 +125,6 @@ def _quotient(edges: Iterable[Edge], group: Mapping[str, int]) -> nx.DiGraph[int
     view.add_nodes_from(set(group.values()))
     view.add_edges_from((group[a], group[b]) for a, b in edges if group[a] != group[b])
     return view
-
-
-def _around(view: nx.DiGraph[int], a: int, b: int) -> bool:
-    """Whether a path leads from a to b over another group."""
-    return any(n != b and nx.has_path(view, n, b) for n in view.successors(a))
 
 
 def partitions_of(
