@@ -163,8 +163,9 @@ def kernel_nodes(written: Any, graph: Any) -> list[KernelNode]:
         if moves or _writes_integers(node):
             integers.update(node.output)
         reads = turned.get(node.input[0], node.input[0]) if node.input else ""
-        inserted = node.name.partition("_token_")[0] in (QUANTIZE, DEQUANTIZE)  # around a transpose, by the engine
-        name = str(node.name) if inserted else _written_name(node, names, producers)
+        # around a transpose the engine inserts some of its own, which are named after their type and perhaps a number
+        inserted = node.op_type in (QUANTIZE, DEQUANTIZE) and node.name.partition("_token_")[0] == node.op_type
+        name = node.op_type if inserted else _written_name(node, names, producers)
         found.append(KernelNode(name, node.op_type, int8, moves, reads))
     return found
 
@@ -222,4 +223,5 @@ def engine(target: Target, isa: str, version: str) -> AbstractContextManager[Eng
 
 def border_conversions(model: bytes) -> list[str]:
     """What the engine converts from integers to integers at the borders of the file."""
-    return onnx_borders.conversions(optimized_graph(model))
+    types = {t for side in interface(model) for t in side.values()}
+    return onnx_borders.conversions(optimized_graph(model)) if types & {"uint8", "int8"} else []

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import value_of
 from qatgraph.reference import Grid
+from qatgraph.regions import constant_of
 
 
 def interface(qdq: Graph) -> tuple[dict[str, str], dict[str, str]]:
@@ -24,7 +25,7 @@ def output_grids(qdq: Graph) -> dict[str, Grid]:
     """The grid of each output that is integers."""
     named = zip(qdq.info.outputs, _leaves(qdq), strict=True)
     found = {name: node.args[1:3] for name, node in named if name in qdq.info.plan.integer_outputs}
-    return {name: Grid(*(_numbers(qdq, n) for n in parts)) for name, parts in found.items()}
+    return {name: Grid(*(constant_of(qdq, n) for n in parts)) for name, parts in found.items()}
 
 
 def text(grid: Grid) -> str:
@@ -48,9 +49,3 @@ def _leaves(qdq: Graph) -> list[Any]:
 def _types(names: Sequence[str], values: Sequence[Any]) -> dict[str, str]:
     tensors = ((n, v) for n, v in zip(names, values, strict=True) if isinstance(v, torch.Tensor))
     return {name: str(value.dtype).removeprefix("torch.") for name, value in tensors}
-
-
-def _numbers(qdq: Graph, node: Any) -> Any:
-    tensor = qdq.parameter(node)
-    assert tensor is not None
-    return tensor.detach().cpu().numpy()

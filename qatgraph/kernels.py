@@ -16,8 +16,8 @@ class KernelNode:
     """One node of the graph that the engine really runs.
 
     ``int8``: it reads 8-bit integers. ``moves``: it only moves or picks elements of an activation, which an engine may
-    do before or behind a quantize as it likes. ``reads``: its first input, in front of
-    a transpose.
+    do before or behind a quantize as it likes. ``reads``: its first input, in front of a
+    transpose.
     """
 
     name: str
@@ -71,14 +71,14 @@ def compare_kernels(plan: Plan, realized: Sequence[KernelNode]) -> list[Mismatch
 def compare_borders(plan: Plan, realized: Sequence[KernelNode]) -> str:
     """Whether so many quantizes run, and so many values are dequantized, as the borders of the plan say; empty if so.
 
-    ONNX Runtime dequantizes a value once for each operation that reads floats: such copies count once. What it inserts
-    itself around a transpose is named after its type alone, and is not counted.
+    An engine may dequantize a value once for each operation that reads floats: such copies count once. What it inserts
+    itself is named after its kernel alone, and is not counted.
     """
     planned = {
         QUANTIZE: sum(len(p.quantizes) for p in plan.partitions),
         DEQUANTIZE: sum(len(p.dequantizes) for p in plan.partitions),
     }
-    named = [n for n in realized if n.name.partition("_token_")[0] != n.kernel]
+    named = [n for n in realized if n.name != n.kernel]
     ran = {
         QUANTIZE: sum(n.kernel == QUANTIZE for n in named),
         DEQUANTIZE: len({n.reads for n in named if n.kernel == DEQUANTIZE}),

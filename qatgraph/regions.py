@@ -21,6 +21,13 @@ Result = Callable[..., Array]
 Quantize = Callable[..., Array]  # of values, scale and zero point
 
 
+def constant_of(graph: Graph, node: Any) -> Array:
+    """The numbers of a constant."""
+    tensor = graph.parameter(node)
+    assert tensor is not None, f"{node} is not a constant"
+    return tensor.detach().cpu().numpy()
+
+
 @dataclass(frozen=True)
 class Region:
     """One planned node with its grids, in the graph of the stage qdq.
@@ -122,9 +129,7 @@ class Region:
         return Grid(*(self.constant(n) for n in node.args[1:3]))
 
     def constant(self, node: Any) -> Array:
-        tensor = self.qdq.parameter(node)
-        assert tensor is not None, f"{node} is not a constant"
-        return tensor.detach().cpu().numpy()
+        return constant_of(self.qdq, node)
 
     def attribute(self, name: str) -> Any:
         return attribute(self.node, name)

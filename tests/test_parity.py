@@ -256,6 +256,14 @@ def test_two_regions_that_changed_places_are_found() -> None:
     assert set(failures(compare("table", seen))) == {query, key}
 
 
+def test_an_integer_that_was_not_read_is_seen_where_integers_only_move() -> None:
+    parity, read = RegionParity("pool"), np.array([1, 2, 3], np.uint8)
+    parity.compare_moved(np.array([3, 1], np.uint8), [read])
+    assert parity.failure == ""
+    parity.compare_moved(np.array([3, 4], np.uint8), [read])
+    assert "1 of 2 integers are none that it read" in parity.failure
+
+
 # ---------------------------------------------------------------- faults in the reference
 
 

@@ -59,11 +59,11 @@ class Budget(UserModel):
                 why=f"did you mean {near}?" if near else f"it has {', '.join(sorted(kinds))}",
                 todo="name a kind that the model has; `qatgraph plan` lists what falls back",
             )
-        missing = [f for f in fallbacks(plan) if f.kind in self.require]
+        found, work = fallbacks(plan), work_of(plan)
+        missing = [f for f in found if f.kind in self.require]
         if missing:
             many = f"{len(missing)} operations are" if len(missing) > 1 else f"'{missing[0].node}' is"
             raise _missed(f"{many} not int8, though every {' and '.join(self.require)} is required to be", missing)
-        found, work = fallbacks(plan), work_of(plan)
         share = work.share(f.node for f in found)
         if self.max_fallback is not None and share > self.max_fallback:
             what = f"{share:.1%} of the work ({work.unit}) falls back to float, the budget is {self.max_fallback:.1%}"

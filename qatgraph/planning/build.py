@@ -37,11 +37,11 @@ def build_plan(context: PlanningContext, constraints: Iterable[Constraint], hash
     solution = settle(context.facts, context.target, stated)
     quantizers, grid_decisions = _quantizers(solution, context, stated)
     chosen: dict[str, str] = {n: (c.row.placement if c.row else "engine-float") for n, c in solution.choices.items()}
-    parts = partitions_of(context.facts, solution.choices, solution.readers, chosen, context.target.cost)
+    borders, size = borders_of(solution.choices, solution.readers), sizes_of(context.facts)
+    parts = partitions_of(context.facts, solution, chosen, borders, size, context.target.cost)
     number = {n: p.index for p in parts for n in p.nodes}
     choices = solution.choices.values()
-    borders = borders_of(solution.choices, solution.readers)
-    prices = Prices(context.target.cost, borders, sizes_of(context.facts))
+    prices = Prices(context.target.cost, borders, size)
     plan = Plan(
         target=context.target.name,
         requires=context.target.requires,

@@ -12,6 +12,7 @@ from qatgraph.planning.cost import Cost
 from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.grids import port_options
 from qatgraph.planning.plan import Partition
+from qatgraph.planning.solver import Solution
 
 Edge = tuple[str, str]
 GONE = "dropout"  # no node of it is left when the engine runs
@@ -90,11 +91,6 @@ def sizes_of(facts: Iterable[NodeFact]) -> dict[str, int]:
     return found
 
 
-def is_convex(edges: Iterable[Edge], groups: Sequence[Iterable[str]]) -> bool:
-    """Whether no path leaves a group and comes back: the graph of the groups has no cycle."""
-    return bool(nx.is_directed_acyclic_graph(_quotient(edges, {n: i for i, g in enumerate(groups) for n in g})))
-
-
 def convex_groups(edges: Sequence[Edge], ties: Iterable[Edge], placement: Mapping[str, str]) -> list[tuple[str, ...]]:
     """Convex groups of nodes of one placement that edges or ties join, in the order of ``placement``, which is one of
     the data flow.
@@ -120,18 +116,15 @@ def convex_groups(edges: Sequence[Edge], ties: Iterable[Edge], placement: Mappin
     )
 
 
-def _quotient(edges: Iterable[Edge], group: Mapping[str, int]) -> nx.DiGraph[int]:
-    view: nx.DiGraph[int] = nx.DiGraph()
-    view.add_nodes_from(set(group.values()))
-    view.add_edges_from((group[a], group[b]) for a, b in edges if group[a] != group[b])
-    return view
-
-
 def partitions_of(
-    facts: Sequence[NodeFact], choices: Choices, readers: Readers, placement: Mapping[str, str], cost: Cost | None
+    facts: Sequence[NodeFact],
+    solution: Solution,
+    placement: Mapping[str, str],
+    borders: Borders,
+    size: Mapping[str, int],
+    cost: Cost | None,
 ) -> tuple[Partition, ...]:
     """Every node in one partition; each quantize and dequantize belongs to the int8 partition that needs it first."""
-    borders, size = borders_of(choices, readers), sizes_of(facts)
     edges = [(value, f.name) for f in facts for _, value in f.inputs if value in placement]
     quantized = borders.quantizes()
     ties = [(borders.reads[v][0], other) for v in quantized for other in borders.reads[v][1:]]
@@ -141,7 +134,7 @@ def partitions_of(
     behind: list[list[str]] = [[] for _ in groups]
     for value in quantized:
         front[number[borders.reads[value][0]]].append(value)
-    for value in borders.dequantizes(choices, readers):
+    for value in borders.dequantizes(solution.choices, solution.readers):
         behind[number[borders.writes.get(value, value)]].append(value)
     found = []
     for i, names in enumerate(groups):
