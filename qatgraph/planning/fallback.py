@@ -85,7 +85,7 @@ def fallback_report(plan: Plan) -> dict[str, Any]:
         "share": work.share(f.node for f in found),
         "work": work.unit,
         "operations": len(found),
-        "first": [f.text() for f in found[:SHOWN]],
+        "first": [f.text() for f in found if f.us != 0][:SHOWN],  # a view costs nothing
         "int8_partitions": len(islands),
         "quantizes": sum(len(p.quantizes) for p in islands),
         "dequantizes": sum(len(p.dequantizes) for p in islands),
@@ -102,7 +102,7 @@ def fallback_lines(plan: Plan) -> list[str]:
     borders = f"{_many(found['quantizes'], 'quantize')} and {_many(found['dequantizes'], 'dequantize')}"
     moved = f"{found['boundary_bytes'] / 1024:.0f} KiB on the example batch{cost}"
     lines = [f"  borders {_many(found['int8_partitions'], 'int8 partition')}; {borders} move {moved}"]
-    if found["operations"]:
+    if found["first"]:
         lines.append(f"  falls back: {found['share']:.0%} of the work ({found['work']}), first")
         lines += [f"    {text}" for text in found["first"]]
     return lines
