@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import networkx
 import pytest
 
 import qatgraph as qg
@@ -26,6 +27,7 @@ from tests.models import Case
 from tests.zoo.decoders import causal, text
 
 ROOT = Path(__file__).parents[1]
+OURS = (*(ROOT / p for p in ("qatgraph", "passes", "backends", "tests")), Path(networkx.__file__).parent)
 TARGETS = ("ort-cpu", str(ROOT / "examples" / "targets" / "toy_npu.toml"))
 SIZES = (1, 2, 4)
 FEW = 100  # calls on the largest graph that are not worth a word
@@ -38,16 +40,17 @@ def llama(layers: int) -> Graph:
 
 
 def calls(layers: int, target: str, passes: Iterable[Pass]) -> Counter[str]:
-    """How often each function of the project is called, or resumed, from the captured graph to its printed plan."""
+    """How often each function of ours and of networkx is called, or resumed, from the captured graph to its plan."""
+    graph = llama(layers)
     profile = cProfile.Profile()
     profile.enable()
-    str(qg.plan(llama(layers), target, passes=tuple(passes)))
+    str(qg.plan(graph, target, passes=tuple(passes)))
     profile.disable()
     found: Counter[str] = Counter()
     for (file, _, name), (_, count, *_) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         path = Path(file)
-        if path.is_relative_to(ROOT):
-            found[f"{path.relative_to(ROOT).name}: {name}"] += count
+        if any(path.is_relative_to(o) for o in OURS):
+            found[f"{path.name}: {name}"] += count
     return found
 
 

@@ -43,7 +43,7 @@ def settle(facts: tuple[NodeFact, ...], target: Target, constraints: Iterable[Co
 def _losing(solution: Solution, cost: Cost, facts: tuple[NodeFact, ...], target: str) -> Iterator[Constraint]:
     borders, size = borders_of(solution.choices, solution.readers), sizes_of(facts)
     network = _network(solution, borders, size, cost)
-    _, (_, left) = nx.minimum_cut(network, WIN, LOSS)
+    left = _left(network)
     out = [n for n, c in solution.choices.items() if c.int8 and ("node", n) in left]
     network.remove_nodes_from([WIN, LOSS])
     linked = network.subgraph([k for k in network if k in left]).to_undirected()
@@ -59,6 +59,14 @@ def _losing(solution: Solution, cost: Cost, facts: tuple[NodeFact, ...], target:
             costs = f"their quantizes and dequantizes cost {paid:.2g} us"
             why = f"left in float: {saves}{many}, {costs} (estimates, example batch)"
             yield Constraint("float", (Port(fact.name, "out"),), author, why, strength=WEAKEST)
+
+
+def _left(network: nx.DiGraph[Any]) -> set[Any]:
+    """The keys on the side of float. In the cut they are integers: hashes of texts differ by process."""
+    keys = list(network)
+    number = {k: i for i, k in enumerate(keys)}
+    _, (_, left) = nx.minimum_cut(nx.relabel_nodes(network, number), number[WIN], number[LOSS])
+    return {keys[i] for i in left}
 
 
 def _won(choice: Choice, cost: Cost) -> float:
