@@ -106,15 +106,20 @@ def conv(channels: int, group: int, kernel: int) -> tuple[Callable[[int], Made],
     return real, integers
 
 
-def attention(n: int) -> Made:
-    """``softmax(x xT) x`` for 12 heads of width 32 over n tokens."""
-    nodes = [
-        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", ["x", "t"], ["p"]),
-        helper.make_node("Softmax", ["p"], ["a"], axis=-1),
-        node("MatMul", "a", "x"),
-    ]
-    return model(nodes, reals(1, 12, n, 32), F, {}, 2 * 12 * n * n * 32)
+def scores(n: int) -> tuple[Any, int]:
+    """What makes ``x xT`` for 12 heads of width 64 over n tokens, and its products."""
+    return helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]), 12 * n * n * 64
+
+
+def matmul_float(n: int) -> Made:
+    transpose, products = scores(n)
+    return model([transpose, node("MatMul", "x", "t")], reals(1, 12, n, 64), F, {}, products)
+
+
+def matmul_int8(n: int) -> Made:
+    transpose, products = scores(n)
+    product = node("QLinearMatMul", "x", "s", "z", "t", "s", "z", "s", "z")
+    return model([transpose, product], bytes_(1, 12, n, 64), U, GRID, products)
 
 
 def chain(n: int) -> Made:
@@ -147,11 +152,12 @@ def main() -> None:
         "float.linear": picoseconds(linear_float, 64, 1024),
         "float.conv": picoseconds(dense[0], 1, 8),
         "float.depthwise": picoseconds(depthwise[0], 1, 8),
-        "float.matmul": picoseconds(attention, 32, 256),
+        "float.matmul": picoseconds(matmul_float, 64, 256),
         "int8.element": picoseconds(elementwise_int8, 16, 512),
         "int8.linear": picoseconds(linear_int8, 64, 1024),
         "int8.conv": picoseconds(dense[1], 1, 8),
         "int8.depthwise": picoseconds(depthwise[1], 1, 8),
+        "int8.matmul": picoseconds(matmul_int8, 64, 256),
     }
     publish("costs", rates)
 

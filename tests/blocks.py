@@ -13,7 +13,7 @@ WIDTH, HEADS, VOCABULARY = 32, 2, 50
 
 
 class Cnn(nn.Module):
-    """Padded, strided, depthwise and transposed convolutions with batch norm: [batch, 3, 6, 6] -> [batch, 4]."""
+    """Padded, strided, depthwise and transposed convolutions with batch norm: [batch, 3, 6, 6] -> [batch, 8]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Cnn(nn.Module):
         self.depth, self.depth_norm = nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8)
         self.up, self.up_norm = nn.ConvTranspose2d(8, 8, 2, groups=2), nn.BatchNorm2d(8)
         self.act, self.act6 = nn.ReLU(inplace=True), nn.ReLU6(inplace=True)
-        self.head, self.head_norm = nn.Linear(8, 4), nn.BatchNorm1d(4)
+        self.head, self.head_norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
         for norm in (m for m in self.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))):
             for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
                 assert tensor is not None

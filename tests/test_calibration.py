@@ -131,7 +131,7 @@ class Blowup(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         huge = self.first(x).exp()

@@ -109,11 +109,11 @@ def test_a_row_that_names_the_wrong_kernel_is_found(example: Any, tmp_path: Path
 
 
 class Net(nn.Module):
-    """A function between two linears: [2, 3, 8] -> [2, 3, 4]."""
+    """A function between two linears: [2, 3, 8] -> [2, 3, 8]."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.fc, self.out, self.function = nn.Linear(8, 8), nn.Linear(8, 4), function
+        self.fc, self.out, self.function = nn.Linear(8, 8), nn.Linear(8, 8), function
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.function(self.fc(x)))

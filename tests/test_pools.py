@@ -31,12 +31,12 @@ AVERAGE = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
 
 
 class Between(nn.Module):
-    """A function between two convolutions of four channels, over so many axes."""
+    """A function between two convolutions, from four channels to sixteen, over so many axes."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], axes: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = (CONVS[axes - 1](4, 4, 1) for _ in range(2))
+        self.first, self.last = (CONVS[axes - 1](channels, 16, 1) for channels in (4, 16))
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,15 +129,15 @@ def averages(target: Target) -> Lowered:
     class Cancelled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1)
+            self.first, self.last = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 16, 1)
             with torch.no_grad():
-                self.first.weight.copy_(torch.eye(4)[:, :, None, None])
+                self.first.weight.copy_(torch.eye(16)[:, :, None, None])
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.last(self.first(x).mean((2, 3), keepdim=True))
             return y
 
-    x = torch.ones(2, 4, 8, 8) * torch.tensor([1.0, -1.0]).repeat(4)
+    x = torch.ones(2, 16, 8, 8) * torch.tensor([1.0, -1.0]).repeat(4)
     x[..., 0, 0] += 1e-3
     torch.manual_seed(0)
     model = Cancelled().eval()
@@ -156,8 +156,8 @@ def shares(found: Lowered) -> list[float]:
 def test_a_global_average_has_no_finer_grid_than_its_kernel_can_write() -> None:
     found = averages(ORT)
     assert min(shares(found)) == pytest.approx(1 / 128)
-    assert found.run(torch.ones(2, 4, 8, 8))
+    assert found.run(torch.ones(2, 16, 8, 8))
     false = averages(without(finest=0.0))
     assert min(shares(false)) < 1 / 256
     with pytest.raises(LowerError, match="QG508"):
-        false.run(torch.ones(2, 4, 8, 8))
+        false.run(torch.ones(2, 16, 8, 8))

@@ -13,7 +13,7 @@ import qatgraph as qg
 class Tiny(nn.Module):
     def __init__(self, width: int, branch: bool) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 4)
+        self.first, self.norm, self.second = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 8)
         self.branch = branch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
