@@ -20,7 +20,7 @@ from qatgraph.parity import RegionTap
 from qatgraph.planning.plan import Plan
 from qatgraph.planning.target import Target
 from qatgraph.probing.cases import Engine
-from qatgraph.reference import Array, multiply_quantize
+from qatgraph.reference import Array, EngineQuantize, multiply_quantize
 
 if find_spec("openvino") is None:
     raise TargetError(
@@ -43,7 +43,7 @@ product_constants = artifact.product_constants
 bias_misfits = artifact.bias_misfits
 median_latencies = timing.median_latencies
 can_emulate = emulation.available
-quantize = multiply_quantize
+quantize = EngineQuantize(multiply_quantize, near=2**-13)  # 8 units in the last place of 128 to 255
 # On CPUs with AMX or AVX512-BF16 floats would be cut to bfloat16 by default, on which no two CPUs agree.
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32"}
 WORKER = f"""

@@ -10,8 +10,8 @@ import numpy as np
 from qatgraph.ir.graph import Graph
 from qatgraph.ir.meta import record
 from qatgraph.planning.plan import Plan, Prediction
-from qatgraph.reference import Array, quantize
-from qatgraph.regions import RESULTS, Quantize, Region
+from qatgraph.reference import Array, EngineQuantize
+from qatgraph.regions import ONNX, RESULTS, Region
 
 FLOAT_LIMIT = 1e-6  # of the largest value of the region; integers have to be equal
 
@@ -72,13 +72,13 @@ class RegionParity:
             )
         return ""
 
-    def compare_inputs(self, have: Array, want: Array) -> None:
-        if self._fits(have, want, "integers"):
-            steps = _steps(have, want)
+    def compare_inputs(self, have: Array, least: Array, largest: Array) -> None:
+        if self._fits(have, least, "integers"):
+            steps = np.minimum(_steps(have, least), _steps(have, largest)) * ((have < least) | (have > largest))
             self.integers += steps.size
             self.steps = max(self.steps, int(steps.max(initial=0)))
             self.off += int((steps > 0).sum())
-            self.first = self.first or _first(have, want, steps > 0)
+            self.first = self.first or _first(have, least, steps > 0)
 
     def compare_result(self, have: Array, want: Array, slack: Array | None = None) -> None:
         """``slack``: how far each float may be off, where the kernel adds floats."""
@@ -151,7 +151,7 @@ def without_reference(plan: Plan) -> list[str]:
 
 
 def compare_regions(
-    qdq: Graph, taps: Iterable[RegionTap], *, without_vnni: bool = False, quantize: Quantize = quantize
+    qdq: Graph, taps: Iterable[RegionTap], *, without_vnni: bool = False, quantize: EngineQuantize = ONNX
 ) -> dict[str, RegionParity]:
     """Compare every tap with the reference computed from ``qdq``'s own constants (not from the file).
 
@@ -168,7 +168,7 @@ def compare_regions(
         steps = region.quantize_steps()
         for border, integers, step in zip(tap.borders, tap.integers, steps, strict=not region.reads_floats):
             if border is not None and not parity.misfit:
-                parity.compare_inputs(integers, step(border))
+                parity.compare_inputs(integers, *step(border))
         if not parity.misfit:
             parity.compare_result(tap.out, region.result()(*tap.integers), region.slack(*tap.integers))
         if tap.node in movers and not parity.misfit:

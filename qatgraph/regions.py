@@ -14,11 +14,11 @@ from qatgraph import reference
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.meta import has_record, record, value_of
 from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DYNAMICALLY
-from qatgraph.reference import Array, Grid
+from qatgraph.reference import Array, EngineQuantize, Grid
 from qatgraph.rewriting.matcher import attribute
 
 Result = Callable[..., Array]
-Quantize = Callable[..., Array]  # of values, scale and zero point
+ONNX = EngineQuantize(reference.quantize)
 
 
 def constant_of(graph: Graph, node: Any) -> Array:
@@ -42,12 +42,10 @@ class Region:
     inputs: tuple[fx.Node, ...]
     out: fx.Node | None
     without_vnni: bool = False
-    quantize: Quantize = reference.quantize
+    quantize: EngineQuantize = ONNX
 
     @classmethod
-    def of(
-        cls, qdq: Graph, node: fx.Node, *, without_vnni: bool = False, quantize: Quantize = reference.quantize
-    ) -> Region:
+    def of(cls, qdq: Graph, node: fx.Node, *, without_vnni: bool = False, quantize: EngineQuantize = ONNX) -> Region:
         read = [behind_padding(a) for _, a in arguments(node) if isinstance(a, fx.Node)]
         found = [b for b in read if b.target in (DEQUANTIZE, ROUND_DYNAMICALLY)]
         inputs = [a for a in found if not isinstance(a.args[0], fx.Node) or a.args[0].op != "get_attr"]
@@ -91,14 +89,15 @@ class Region:
         weight, scale = self.weight
         return reference.sum_slack(x, weight, scale, self.block, self.bias)
 
-    def quantize_steps(self) -> list[Result]:
-        """What each quantize in front makes of the float border: for a table, what it holds at the indices."""
+    def quantize_steps(self) -> list[Callable[[Array], tuple[Array, Array]]]:
+        """The least and the largest integers that each quantize in front may make of the float border; twice what a
+        table holds at the indices."""
         if self.reads_floats:
             return []
         if record(self.node).kind == "embedding":
             table = self.constant(self.node.args[0])
-            return [lambda indices: table[indices]]
-        return [partial(self.quantize, scale=g.scale, zero_point=g.zero_point) for g in self.grids]
+            return [lambda indices: (table[indices],) * 2]
+        return [partial(self.quantize.least_and_largest, scale=g.scale, zero_point=g.zero_point) for g in self.grids]
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:

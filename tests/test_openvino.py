@@ -153,6 +153,49 @@ def test_a_true_division_is_not_what_the_engine_does() -> None:
     assert 0 < differ.mean() < 1
 
 
+@cache
+def behind_layer_norm() -> tuple[Array, Array, dict[str, Array]]:
+    """The float border and the integers of a quantize that the engine joins to a LayerNorm, and the grid."""
+    random = np.random.default_rng(0)
+    scale, zero = np.asarray(0.021, np.float32), np.asarray(121, np.uint8)
+    w = {n: random.normal(1, 0.3, 384).astype(np.float32) for n in ("gamma", "beta")}
+    grid = {"scale": scale, "zero": zero}
+    product = {"w": random.integers(-64, 65, (384, 64)).astype(np.int8), "ws": np.float32(0.01), "wz": np.int8(0)}
+    constants = [numpy_helper.from_array(np.asarray(a), n) for n, a in (w | grid | product).items()]
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["border"]),
+        helper.make_node("QuantizeLinear", ["border", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"]),
+        helper.make_node("MatMul", ["d", "dw"], ["y"]),
+    ]
+    floats = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, 384])
+    kinds = {"y": TensorProto.FLOAT, "border": TensorProto.FLOAT, "q": TensorProto.UINT8}
+    outputs = [helper.make_tensor_value_info(n, k, None) for n, k in kinds.items()]
+    graph = helper.make_graph(nodes, "joined", [floats], outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    feed = {"x": random.normal(size=(200, 16, 384)).astype(np.float32)}
+    _, border, integers = openvino_cpu.run(openvino_cpu.session(model.SerializeToString()), feed)
+    return border, integers, grid
+
+
+def beyond(near: float, shift: float = 0.0) -> int:
+    """How many integers are none that the quantize may make of the border."""
+    border, integers, grid = behind_layer_norm()
+    rule = reference.EngineQuantize(reference.multiply_quantize, near)
+    least, largest = rule.least_and_largest(border + np.float32(shift) * grid["scale"], grid["scale"], grid["zero"])
+    return int(((integers < least) | (integers > largest)).sum())
+
+
+def test_a_quantize_that_is_joined_to_a_layer_norm_rounds_ties_alone_otherwise() -> None:
+    assert 0 < beyond(near=0) < 1e-4 * behind_layer_norm()[1].size
+    assert beyond(openvino_cpu.quantize.near) == 0
+
+
+def test_a_shift_of_a_thousandth_of_a_step_is_not_taken_for_a_tie() -> None:
+    assert beyond(openvino_cpu.quantize.near, shift=1e-3) > 0
+
+
 def test_what_is_joined_to_a_product_is_read_under_its_own_name() -> None:
     operations = {"a": ("Conv", "QuantizeLinear"), "b": ("Add",), "c": ("Relu",), "d": ("Gelu",), "e": ("MaxPool",)}
     nodes = [

@@ -18,7 +18,7 @@ from qatgraph.kernels import owner
 from qatgraph.parity import FLOAT_LIMIT, RegionParity, RegionTap, compare_regions, has_region
 from qatgraph.planning.explain import kind
 from qatgraph.proof import feed_of, other_constants
-from qatgraph.reference import Array
+from qatgraph.reference import Array, EngineQuantize
 from qatgraph.regions import Region
 from tests.lowered import LOWERED, case_of, lowered, node, read, write
 
@@ -281,10 +281,10 @@ def test_rounding_half_away_from_zero_is_found_at_a_tie() -> None:
     assert len(ties) > 32
     seen = taps_of("erf-gelu", lowered("erf-gelu").file, [{"x": np.resize(ties, (4, 32))}])
     assert failures(compare("erf-gelu", seen)) == {}
-    (parity,) = compare("erf-gelu", seen, quantize=half_away).values()
+    (parity,) = compare("erf-gelu", seen, quantize=EngineQuantize(half_away)).values()
     assert (parity.node, parity.steps) == ("fc:linear", 1)
     assert parity.failure.startswith(f"{parity.off} of 128 integers differ, by up to 1 steps; first at [0, 1]: 81, ")
-    ordinary = compare("mlp", taps("mlp"), quantize=half_away)
+    ordinary = compare("mlp", taps("mlp"), quantize=EngineQuantize(half_away))
     assert failures(ordinary) == {}  # no tie, no difference: ordinary data would not tell
 
 

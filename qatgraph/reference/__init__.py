@@ -1,7 +1,16 @@
 """The integer reference: what an int8 region computes, in exact integers. The oracle of every proof."""
 
 from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
-from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, multiply_quantize, quantize, requantize
+from qatgraph.reference.grids import (
+    Array,
+    EngineQuantize,
+    Grid,
+    dequantize,
+    dynamic_quantize,
+    multiply_quantize,
+    quantize,
+    requantize,
+)
 from qatgraph.reference.linears import dequantize_blocks, linear_dynamic, linear_in_blocks, sum_slack
 from qatgraph.reference.pooling import average_pool, global_average_pool, max_pool
 from qatgraph.reference.products import (
@@ -26,6 +35,7 @@ from qatgraph.reference.saturation import (
 
 __all__ = [
     "Array",
+    "EngineQuantize",
     "Grid",
     "accumulate",
     "accumulate_conv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,29 @@ def multiply_quantize(x: Array, scale: Array, zero_point: Array) -> Array:
     factor = np.float32(255) / (high - low)
     scaled = np.clip(x.astype(np.float32), low, high) * factor
     return clamp(np.rint(scaled + -low * factor), zero_point.dtype)
+
+
+@dataclass(frozen=True)
+class EngineQuantize:
+    """How an engine makes integers of floats: ``alone``, the arithmetic of a quantize by itself.
+
+    ``near``: in steps of the grid, how near to the middle of two integers a value has to be for both to be right. An
+    engine that joins a quantize to the operation in front of it rounds the two at other places.
+    """
+
+    alone: Callable[..., Array]
+    near: float = 0.0
+
+    def __call__(self, x: Array, scale: Array, zero_point: Array) -> Array:
+        return self.alone(x, scale, zero_point)
+
+    def least_and_largest(self, x: Array, scale: Array, zero_point: Array) -> tuple[Array, Array]:
+        """What it may make of each value; a quantize is monotone."""
+        if not self.near:
+            return (self.alone(x, scale, zero_point),) * 2
+        ends = (x + np.float32(sign * self.near) * scale for sign in (-1, 1))
+        least, largest = (self.alone(end, scale, zero_point) for end in ends)
+        return least, largest
 
 
 def dequantize(q: Array, scale: Array, zero_point: Array, *, axis: int = 1) -> Array:
