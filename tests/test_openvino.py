@@ -27,10 +27,12 @@ from qatgraph.ir.graph import Graph
 from qatgraph.kernels import compare_kernels
 from qatgraph.latency import measure
 from qatgraph.parity import RegionParity, compare_regions
+from qatgraph.planning.target import Target, load_target
 from qatgraph.proof import feed_of, prove
 from qatgraph.reference import Array
 from qatgraph.report.report import Report
 from qatgraph.saturation import analyse
+from tests.false_rows import with_row
 from tests.lowered import Lowered, read, write
 
 TARGET = "openvino-cpu"
@@ -55,17 +57,29 @@ class Net(nn.Module):
         return y
 
 
+class Forked(nn.Module):
+    """A convolution that another reads, and a clamp of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.first(x)
+        return self.second(x), torch.clamp(x, 0.0, 0.5)
+
+
 @cache
-def captured() -> tuple[nn.Module, Graph]:
+def captured(net: type[nn.Module] = Net) -> tuple[nn.Module, Graph]:
     torch.manual_seed(0)
-    model = Net().eval()
+    model = net().eval()
     return model, qg.capture(model, BATCHES[0], {"x": {0: torch.export.Dim("batch")}})
 
 
 @cache
-def made() -> Lowered:
-    model, graph = captured()
-    plan = qg.plan(graph, TARGET)
+def made(net: type[nn.Module] = Net, target: str | Target = TARGET) -> Lowered:
+    model, graph = captured(net)
+    plan = qg.plan(graph, target)
     qat = qg.prepare(graph, plan).eval()
     qg.calibrate(qat, BATCHES, progress=False)
     return Lowered(model, qat, plan, openvino_cpu.lower(convert(Graph.of(qat)), plan))
@@ -121,6 +135,17 @@ def test_the_plan_of_one_target_is_refused_for_the_file_of_another() -> None:
     other = ort_cpu.lower(convert(Graph.of(made().qat)), replace(made().plan, target="ort-cpu"))
     with pytest.raises(qg.QatgraphError, match="QG603"):
         verified(replace(made(), file=other))
+
+
+def test_a_clamp_of_its_own_behind_integers_is_refused_by_the_table_and_found_by_verify() -> None:
+    """The engine rounds its bounds to integers of the grid."""
+    assert made(Forked).plan.int8_nodes() == ["second:conv2d"]
+    assert verified(made(Forked)).failures == []
+    false = next(r for r in load_target(TARGET).row if r.id == "conv.integers").model_copy(update={"not_read_by": ()})
+    broken = made(Forked, with_row(load_target(TARGET), false))
+    assert broken.plan.int8_nodes() == ["first:conv2d", "second:conv2d"]
+    (told,) = verified(broken).failures
+    assert told.startswith("output 'output_1': values differ by 0.0")
 
 
 def quantized(x: Array, scale: Array, zero: Array) -> Array:

@@ -55,9 +55,7 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         return "its last window reaches beyond the padding, where the engine's kernel does other than torch"
     reader = next((k for k in fact.readers if k in row.not_read_by), None)
     if reader is not None:
-        return (
-            f"a {reader} reads the result, which the engine takes for a part of the kernel and then runs both in float"
-        )
+        return f"a {reader} reads the result, and the engine makes of the two what the row does not promise"
     if row.on_request and not (wants.x if row.dynamic_x else wants.weight):
         return f"{UNASKED} for {_list(row.x) if row.dynamic_x else _list(row.weight)}"
     if row.placement == "int8" and wants.x and not x_options(row, wants):
