@@ -1,7 +1,16 @@
 """The integer reference: what an int8 region computes, in exact integers. The oracle of every proof."""
 
-from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
-from qatgraph.reference.grids import Array, Grid, dequantize, dynamic_quantize, multiply_quantize, quantize, requantize
+from qatgraph.reference.elementwise import add, concat, leaky_relu, lookup, mul, sigmoid, softmax
+from qatgraph.reference.grids import (
+    Array,
+    Grid,
+    clamp,
+    dequantize,
+    dynamic_quantize,
+    multiply_quantize,
+    quantize,
+    requantize,
+)
 from qatgraph.reference.linears import dequantize_blocks, linear_dynamic, linear_in_blocks, sum_slack
 from qatgraph.reference.pooling import average_pool, global_average_pool, max_pool
 from qatgraph.reference.products import (
@@ -33,6 +42,7 @@ __all__ = [
     "accumulate_pair16",
     "add",
     "average_pool",
+    "clamp",
     "concat",
     "conv",
     "conv_float",
@@ -46,6 +56,7 @@ __all__ = [
     "linear",
     "linear_dynamic",
     "linear_in_blocks",
+    "lookup",
     "matmul",
     "matmul_float",
     "matmul_integer",
