@@ -290,6 +290,7 @@ def verify_folder(path: Path, folder: Path | None = None) -> Report:
 
     Raises:
         JobError: QG807 the folder does not hold a run of this job, or a file was changed since.
+        PlanError: QG307 the model of the job is another one.
     """
     job = load_job(path)
     folder = folder or Path("build") / job.name
@@ -303,10 +304,11 @@ def verify_folder(path: Path, folder: Path | None = None) -> Report:
             why="it is missing, or its hash differs from manifest.json",
             todo="run the job again",
         )
+    plan = _plan_of_run(folder, manifest)
     with threads(manifest["threads"]):  # a factory that trains gives the model of the run
         setup = set_up(job, path, job.seeds[0])
         canonical = canonicalize(job, path, setup, parse_passes(manifest["passes"]))
-    qat = api.prepare(canonical, Plan.load(folder / "plan.json"))
+    qat = api.prepare(canonical, plan)
     load_state(qat, folder / "qat.safetensors")
     report = api.verify(qat, onnx, setup.data.evaluate, float_model=setup.model, labels=setup.data.labels)
     report.job = job.name
@@ -320,14 +322,14 @@ def replay_folder(folder: Path, path: Path, output: Path, *, say: Say = lambda l
         The SHA-256 of the file.
 
     Raises:
-        JobError: QG807 no run there, QG808 the job, the data or the bytes differ.
+        JobError: QG807 no run there, or another plan; QG808 the job, the data or the bytes differ.
     """
     manifest = read_manifest(folder)
     target = manifest["job"]["target"]  # perhaps given on the command line
     job = load_job(path).model_copy(update={"target": target})
     if job.model_dump(mode="json") != manifest["job"]:
         raise _differs("the job file", path.name, "it was changed since the run")
-    plan = Plan.load(folder / "plan.json")
+    plan = _plan_of_run(folder, manifest)
     with threads(manifest["threads"]):  # sums in float depend on it
         run_job(path, output, target=target, train=manifest["train"], passes=manifest["passes"], plan=plan, say=say)
     again = read_manifest(output)
@@ -338,6 +340,25 @@ def replay_folder(folder: Path, path: Path, output: Path, *, say: Say = lambda l
         machines = f"recorded on {manifest['isa']} with {manifest['threads']} threads, here {again['isa']}"
         raise _differs("the ONNX file", str(output), f"{machines}; changed versions: {', '.join(changed) or 'none'}")
     return str(again["hashes"]["onnx"])
+
+
+def _plan_of_run(folder: Path, manifest: dict[str, Any]) -> Plan:
+    """The plan in a folder; one for another target, or of another table, is not that of the run.
+
+    Raises:
+        JobError: QG807 it is another one.
+    """
+    plan, wanted = Plan.load(folder / "plan.json"), manifest["hashes"]["plan"]
+    if plan.hash() != wanted:
+        table = "the table of the run" if plan.hashes.get("target") == manifest["hashes"]["target"] else "another table"
+        raise JobError(
+            "QG807",
+            "'plan.json' is not the plan of the run",
+            where=str(folder),
+            why=f"it is {plan.hash()[:12]}, for '{plan.target}' by {table}; the run's is {wanted[:12]}",
+            todo="run the job again: a plan for another target needs a run of its own, with --target",
+        )
+    return plan
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -37,8 +37,10 @@ def in_int8(row: Row) -> Fields:
 
 
 def another_bias(row: Row) -> Fields:
-    forms = {"int32": ("vector",), "row": ("vector",), "vector": ("none",), "none": ("vector",)}
-    return {"bias": forms[row.bias[0]]} if row.op == "linear" and row.bias and not row.out else None
+    if row.op != "linear" or not row.bias or row.out:
+        return None
+    other = {"int32": "vector", "row": "vector", "vector": "none", "none": "vector"}[row.bias[0]]
+    return {"bias": (other,)} if other not in row.bias else None  # fewer forms are no lie
 
 
 def read_by_anything(row: Row) -> Fields:
@@ -68,8 +70,8 @@ def signed_behind_relu(row: Row) -> Fields:
 
 
 def only_moved(row: Row) -> Fields:
-    average = "pool" in row.op  # of one element, it is moved
-    return {"requant": "moved"} if row.requant == "through-float" and not average else None
+    moves = "pool" in row.op or row.op == "cat"  # an average of one element; parts on one grid
+    return {"requant": "moved"} if row.requant == "through-float" and not moves else None
 
 
 def not_rounded(row: Row) -> Fields:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import qatgraph as qg
+from qatgraph.cli import main
 from qatgraph.errors import QatgraphError
 from qatgraph.planning.plan import Plan
 from qatgraph.runner import replay_folder, run_job, verify_folder
+from tests.models import ZOO
 
 JOBS = Path(__file__).parent / "jobs"
 
@@ -175,6 +181,98 @@ def test_plan_made_for_another_model(good: Path, tmp_path: Path) -> None:
     assert digest(good) == before
 
 
+ANOTHER_TABLE = 'name = "ort-cpu"\ndescription = "of the same name, with the same rows"\nextends = "ort-cpu"\n'
+OTHER_TARGETS = ["ort-cpu-vnni", "openvino-cpu", "table.toml"]
+
+
+def other_target(name: str, folder: Path) -> str:
+    """A target by name, or the file of a table that bears the name of ort-cpu."""
+    (folder / "table.toml").write_text(ANOTHER_TABLE, encoding="utf-8")
+    return str(folder / name) if name.endswith(".toml") else name
+
+
+def prepared(target: str) -> torch.nn.Module:
+    graph = ZOO["mlp"].capture()
+    qat = qg.prepare(graph, qg.plan(graph, target)).eval()
+    qg.calibrate(qat, [ZOO["mlp"].inputs(1)], progress=False)
+    return qat
+
+
+@pytest.mark.parametrize("name", OTHER_TARGETS)
+def test_a_file_is_refused_with_the_plan_for_another_target(name: str, tmp_path: Path) -> None:
+    batches = [ZOO["mlp"].inputs(2)]
+    right, other = prepared("ort-cpu"), prepared(other_target(name, tmp_path))
+    files = [qg.lower(qat, tmp_path / f"{i}.onnx") for i, qat in enumerate((right, other))]
+    assert qg.verify(right, files[0], batches).ok
+    for qat, file in ((right, files[1]), (other, files[0])):
+        with pytest.raises(QatgraphError, match="QG603: the file was not lowered from this plan") as caught:
+            qg.verify(qat, file, batches)
+        assert "the plan is" in caught.value.why
+
+
+def test_without_the_hash_of_its_table_such_a_file_would_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: plans that are equal but for the table that they were made by."""
+    full = Plan.hash
+    monkeypatch.setattr(Plan, "hash", lambda plan: full(replace(plan, hashes={})))
+    file = qg.lower(prepared(other_target("table.toml", tmp_path)), tmp_path / "other.onnx")
+    assert qg.verify(prepared("ort-cpu"), file, [ZOO["mlp"].inputs(2)]).ok
+
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process: its exit code, and what it says on standard error."""
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["qatgraph", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*OTHER_TARGETS, "toy_npu.toml", "ort-cpu"])
+def test_commands_refuse_a_folder_with_the_plan_for_another_target(
+    good: Path, tmp_path: Path, command: Command, name: str
+) -> None:
+    """As ``qatgraph plan --output`` writes it over that of the run; the plan for the target of the run is no fault."""
+    job, copy, again = str(JOBS / "tiny.toml"), tmp_path / "tiny", tmp_path / "again"
+    toy = Path(__file__).parent.parent / "examples" / "targets" / name
+    target = str(toy) if toy.is_file() else other_target(name, tmp_path)
+    shutil.copytree(good, copy)
+    assert command("plan", job, "--target", target, "--output", str(copy / "plan.json"))[0] == 0
+    answers = [
+        command("verify", job, "--output", str(copy)),
+        command("replay", str(copy), job, "--output", str(again)),
+    ]
+    if name == "ort-cpu":
+        assert [code for code, _ in answers] == [0, 0]
+        return
+    made_for = f"for '{Plan.load(copy / 'plan.json').target}' by another table"
+    for code, says in answers:
+        assert code == 1
+        assert "QG807: 'plan.json' is not the plan of the run" in says
+        assert made_for in says
+    assert not again.exists()
+
+
+def test_a_manifest_that_names_the_other_plan_does_not_help(good: Path, tmp_path: Path, command: Command) -> None:
+    """The planted fault of the folder: then it is the file that bears the plan of the run."""
+    copy, job = tmp_path / "tiny", str(JOBS / "tiny.toml")
+    shutil.copytree(good, copy)
+    old = Plan.load(copy / "plan.json").hash()
+    command("plan", job, "--target", other_target("table.toml", tmp_path), "--output", str(copy / "plan.json"))
+    manifest = (copy / "manifest.json").read_text(encoding="utf-8")
+    assert old in manifest
+    manifest = manifest.replace(old, Plan.load(copy / "plan.json").hash())
+    (copy / "manifest.json").write_text(manifest, encoding="utf-8")
+    code, says = command("verify", job, "--output", str(copy))
+    assert (code, "QG603: the file was not lowered from this plan" in says) == (1, True)
+
+
 def test_unwritable_output_folder(good: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with pytest.raises(QatgraphError, match="cannot write the output folder") as caught:
@@ -209,8 +307,6 @@ def test_interrupted_run(good: Path, tmp_path: Path) -> None:
 
 
 def test_verify_refuses_a_changed_file(good: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "tiny"
     shutil.copytree(good, copy)
     assert verify_folder(JOBS / "tiny.toml", copy).ok
@@ -223,8 +319,6 @@ def test_verify_refuses_a_changed_file(good: Path, tmp_path: Path) -> None:
 
 
 def test_replay_refuses_other_data(good: Path, tmp_path: Path) -> None:
-    import shutil
-
     path = tmp_path / "tiny.toml"
     path.write_text((JOBS / "tiny.toml").read_text(encoding="utf-8"), encoding="utf-8")
     source = (JOBS / "tiny.py").read_text(encoding="utf-8")

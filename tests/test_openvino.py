@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -70,14 +71,14 @@ class Forked(nn.Module):
 
 
 @cache
-def captured(net: type[nn.Module] = Net) -> tuple[nn.Module, Graph]:
+def captured(net: Callable[[], nn.Module] = Net) -> tuple[nn.Module, Graph]:
     torch.manual_seed(0)
     model = net().eval()
     return model, qg.capture(model, BATCHES[0], {"x": {0: torch.export.Dim("batch")}})
 
 
 @cache
-def made(net: type[nn.Module] = Net, target: str | Target = TARGET) -> Lowered:
+def made(net: Callable[[], nn.Module] = Net, target: str | Target = TARGET) -> Lowered:
     model, graph = captured(net)
     plan = qg.plan(graph, target)
     qat = qg.prepare(graph, plan).eval()

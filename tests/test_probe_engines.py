@@ -17,7 +17,9 @@ from onnx import TensorProto, helper
 import qatgraph as qg
 from qatgraph.backends import emulation
 from qatgraph.errors import LowerError, QatgraphError, VerifyError
+from qatgraph.planning.target import Row
 from qatgraph.probing.cases import Case
+from qatgraph.specs import QuantSpec
 
 ROOT = Path(__file__).parents[1]
 NPU = str(ROOT / "examples" / "targets" / "toy_npu.toml")
@@ -78,6 +80,49 @@ def test_a_simulator_that_does_otherwise_is_told(right: str, wrong: str, row: st
     assert right in SIMULATOR
     found = qg.probe(NPU, engine=simulator(SIMULATOR.replace(right, wrong)), rows=row, examples=40, progress=False)
     assert [says in r.text() for r in found.false] == [True]
+
+
+PASSED: dict[str, Callable[..., Any]] = {
+    "relu": lambda case, x: np.maximum(x, 0),
+    "clamp": lambda case, x: np.clip(x, 0, 6),
+    "leaky_relu": lambda case, x: np.where(x >= 0, x, np.float32(case.attributes["alpha"]) * x),
+    "cat": lambda case, *parts: np.concatenate(parts, case.attributes["axis"]),
+}
+SHIFTS, FREE, U8 = "s8 symmetric per-tensor power-of-two", "s8 symmetric per-tensor", "u8 affine per-tensor"
+ROUNDINGS: dict[str, Callable[[Any], Any]] = {
+    "half away from zero": lambda v: np.trunc(v + np.copysign(0.5, v)),
+    "half to zero": lambda v: np.copysign(np.ceil(np.abs(v) - 0.5), v),
+    "half up": lambda v: np.floor(v + 0.5),
+}
+
+
+def rounds_by(rounding: Callable[[Any], Any]) -> Callable[[Case], Any]:
+    """An engine that lets numbers pass from one grid to another in float32, and rounds them its own way."""
+
+    def realize(case: Case) -> Any:
+        assert case.out is not None
+        steps = PASSED[case.op](case, *(o.real for o in case.inputs.values())) / case.out.scale
+        span = np.iinfo(case.out.zero.dtype)
+        q = np.clip(rounding(steps) + case.out.zero_point, span.min, span.max)
+        return qg.Realized("K", True, q.astype(span.dtype))
+
+    return realize
+
+
+@pytest.mark.parametrize("grids", [(SHIFTS, SHIFTS), (FREE, FREE), (U8, U8), (FREE, U8), (U8, FREE)], ids=str)
+@pytest.mark.parametrize("kind", PASSED)
+def test_halves_are_drawn_and_rounded_as_the_row_says(kind: str, grids: tuple[str, str]) -> None:
+    """In as many cases as the command draws; an engine that rounds another way is false, with one step too many."""
+    x, out = ((spec,) for spec in map(QuantSpec.parse, grids))
+    row = Row(id="r", op=kind, placement="int8", kernel="K", why="{name}", x=x, out=out, requant="through-float")
+    table = qg.Target(name="t", description="t", row=(row,))
+    (right,) = qg.probe(table, engine=rounds_by(np.rint), progress=False).rows
+    assert right.verdict == "holds", right.text()
+    for name, rounding in ROUNDINGS.items():
+        (wrong,) = qg.probe(table, engine=rounds_by(rounding), progress=False).rows
+        assert "are wrong" in wrong.text(), name
+    loose = table.model_copy(update={"row": (row.model_copy(update={"deviation": 1}),)})
+    assert qg.probe(loose, engine=rounds_by(ROUNDINGS["half up"]), progress=False).false == ()
 
 
 class NoHypothesis:

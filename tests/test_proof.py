@@ -291,7 +291,8 @@ def test_verify_fails_for_a_folder_whose_plan_promises_another_kernel(tmp_path: 
     (folder / "plan.json").write_text(wishful.to_json(), encoding="utf-8")
     manifest = (folder / "manifest.json").read_text(encoding="utf-8")
     old = json.loads(manifest)["hashes"]["onnx"]
-    (folder / "manifest.json").write_text(manifest.replace(old, hashlib.sha256(model).hexdigest()), encoding="utf-8")
+    manifest = manifest.replace(old, hashlib.sha256(model).hexdigest()).replace(plan.hash(), wishful.hash())
+    (folder / "manifest.json").write_text(manifest, encoding="utf-8")
     done = command("verify", job, *output)
     assert done.returncode == 1
     assert "QG601" in done.stderr

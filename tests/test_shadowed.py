@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qatgraph.planning.constraints import Author, Constraint, Port
+from qatgraph.planning.facts import NodeFact
 from qatgraph.planning.shadowed import never_chosen, takes_all_of
 from qatgraph.planning.solver import solve
 from qatgraph.planning.target import Row, Target, load_target
@@ -19,6 +19,7 @@ from qatgraph.specs import QuantSpec
 from tests.nets import S8, U8, net, op
 
 PER_CHANNEL = QuantSpec.parse("s8 symmetric per-channel(0)")
+DYNAMIC, BLOCKS = map(QuantSpec.parse, ("u8 affine per-tensor dynamic", "s8 symmetric per-block(8)"))
 ALONG_K = QuantSpec.parse("s8 symmetric per-channel(1)")
 FLOAT = Row(id="gelu.float", op="gelu", placement="engine-float", kernel="F", why="{name}")
 
@@ -56,6 +57,10 @@ def table(*rows: Row) -> Target:
         ({}, {"weight": (S8,)}, ""),
         ({"x": (U8,)}, {"x": (S8,)}, ""),
         ({"x": (U8, S8)}, {"x": (S8,)}, "never chosen"),
+        ({"x": ()}, {}, ""),
+        ({"x": (DYNAMIC, U8)}, {}, ""),
+        ({"x": (DYNAMIC, U8)}, {"x": (DYNAMIC,)}, "never chosen"),
+        ({"weight": (S8, BLOCKS)}, {"weight": (S8,)}, ""),
         ({"needs": "between-int8"}, {"needs": "inputs-int8"}, ""),
         ({"needs": "inputs-int8"}, {"needs": "between-int8"}, "never chosen"),
         ({"needs": "readers-int8"}, {"needs": "readers-int8", "fuses_after": ("relu",)}, ""),
@@ -93,67 +98,119 @@ def test_a_contradiction_planted_in_the_table_of_an_engine_is_named() -> None:
     assert never_chosen(ort.row) == ""
 
 
-SPECS = st.sampled_from([(U8,), (S8,), (U8, S8)])
+THIRD = QuantSpec.parse("s8 affine per-tensor")
+GRIDS = [(U8,), (S8,), (U8, S8), (S8, THIRD), (U8, THIRD), (U8, S8, THIRD)]
 VALUES: dict[str, list[Any]] = {
     "placement": ["int8", "engine-float", "host"],
     "rank": [(2,), (3,), (2, 3)],
     "dynamic": [True, False],
-    "not_read_by": [("gelu",), ("relu",), ("gelu", "relu")],
     "reads": [1, 2],
+    "depthwise": [True, False],
+    "beyond": [True, False],
+    "batched": [True],
+    "least_terms": [16, 17],
+    "not_read_by": [("gelu",), ("relu",), ("gelu", "relu")],
     "bias": [("none",), ("int32",), ("vector",), ("none", "int32"), ("vector", "int32")],
-    "weight": [(S8,), (PER_CHANNEL,), (ALONG_K,), (S8, PER_CHANNEL)],
-    "x": [(), (U8,), (S8,), (U8, S8)],
-    "out": [(U8,), (S8,), (U8, S8)],
+    "weight": [(S8,), (PER_CHANNEL,), (ALONG_K,), (S8, PER_CHANNEL), (BLOCKS,), (S8, BLOCKS)],
+    "x": [(), *GRIDS, (DYNAMIC,), (DYNAMIC, U8)],
+    "out": [(), *GRIDS],
     "needs": ["inputs-int8", "readers-int8", "between-int8", "inside"],
     "fuses_after": [("relu",)],
+    "fuses_before": [("pad",)],
 }
-FIELDS = st.lists(st.sampled_from([(k, v) for k, values in VALUES.items() for v in values]), max_size=3).map(dict)
-WANTS = st.sampled_from([None, "float", "weight", "bias"])
+CONDITIONS: dict[str, list[dict[str, Any]]] = {
+    **{name: [{name: value} for value in values] for name, values in VALUES.items()},
+    "moves": [{"requant": way, "x": GRIDS[2], "out": GRIDS[2]} for way in ("", "moved")],
+    "on_request": [{"x": (DYNAMIC, U8)}, {"weight": (S8, BLOCKS)}],
+    "dynamic_x": [{"x": x, "weight": (BLOCKS,)} for x in ((U8,), (DYNAMIC, U8))],
+}
+AUTHOR = Author("pass", "test")
+PAIRS = 3000
+WANTS: list[list[Constraint]] = [
+    [],
+    [Constraint("float", (Port("layer", "x"),), AUTHOR, "test")],
+    [Constraint("want", (Port("layer", "bias"),), AUTHOR, "test", form="int32")],
+    *([Constraint("want", (Port("layer", "weight"),), AUTHOR, "test", specs=(w,))] for w in (PER_CHANNEL, BLOCKS)),
+    *([Constraint("want", (Port("layer", "x"),), AUTHOR, "test", specs=(x,))] for x in (S8, DYNAMIC)),
+]
 
 
-@settings(max_examples=1000, phases=[Phase.generate], deadline=None, derandomize=True)
-@given(FIELDS, st.data(), SPECS, st.booleans(), st.booleans(), st.booleans(), WANTS)
-def never_sees_the_second(
-    shadows: Callable[[Row, Row], bool],
-    more: dict[str, Any],
-    data: st.DataObject,
-    grid: tuple[QuantSpec, ...],
-    bias: bool,
-    flat: bool,
-    relu: bool,
-    want: Any,
-) -> None:
-    """The second row is the first, of which some fields changed, so that one often takes all of the other."""
-    base = linear("a").model_copy(update=more)
-    behind = base.model_copy(update={"id": "b", **data.draw(FIELDS)})
-    if not shadows(base, behind):
-        return
-    around = Row(id="gelu", op="gelu", placement="int8", kernel="G", why="{name}", x=grid, out=(U8, S8))
-    activation = linear("relu.in", op="relu", x=(), needs="inside")
-    rows = (base, behind, around, activation)
-    chain = [op("first", "gelu", "input"), op("layer", "linear", "first", bias=bias)]
-    chain += [op("act", "relu", "layer")] if relu else []
-    facts = net(*chain, op("last", "gelu", chain[-1].name))
-    facts = tuple(replace(f, x_shape=(5, 16)) if flat else f for f in facts)
-    author = Author("pass", "test")
-    asked = {
-        "float": Constraint("float", (Port("layer", "x"),), author, "test"),
-        "weight": Constraint("want", (Port("layer", "weight"),), author, "test", specs=(PER_CHANNEL,)),
-        "bias": Constraint("want", (Port("layer", "bias"),), author, "test", form="int32"),
-    }
-    solution = solve(facts, table(FLOAT).model_copy(update={"row": rows}), [asked[want]] if want else [])
-    chosen = solution.choices["layer"].row
-    assert chosen is None or chosen.id != "b"
+def around(draw: random.Random) -> tuple[tuple[NodeFact, ...], list[Row]]:
+    """A layer between others: padding in front or none, a value that shares a grid with its result, a ReLU, readers."""
+    pad, relu, joined, bias, flat = (draw.random() < share for share in (0.3, 0.4, 0.7, 0.5, 0.5))
+    made = [op("first", "tanh", "input"), op("other", "silu", "input")]
+    made += [op("padded", "pad", "first")] if pad else []
+    layer = op("layer", "linear", "padded" if pad else "first", bias=bias)
+    made.append(replace(layer, kind=draw.choice(["linear", "conv1d"])))
+    made += [op("act", "relu", "layer")] if relu else []
+    made += [op("joined", "cat", "other", made[-1].name)] if joined else []
+    facts = net(*made, op("last", "gelu", made[-1].name))
+    every = {"x": GRIDS[-1], "out": GRIDS[-1]}
+    ends = {"tanh": "out", "silu": "out", "gelu": "x"}
+    rows = [linear(kind, op=kind, **(every | {role: draw.choice(GRIDS)})) for kind, role in ends.items()]
+    rows += [linear("cat", op="cat", requant="moved", **every)]
+    rows += [linear("relu.in", op="relu", x=(), needs="inside"), linear("pad.in", op="pad", x=(), needs="before")]
+    return tuple(replace(f, x_shape=(5, 16)) if flat else f for f in facts), rows
 
 
-def test_what_stands_behind_is_never_chosen() -> None:
-    never_sees_the_second(takes_all_of)
+def pair(draw: random.Random, condition: str) -> tuple[Row, Row]:
+    """Two rows that differ in one condition, if at all, so that one often takes all that the other takes."""
+    base = linear("a", op="linear|conv1d", x=draw.choice(GRIDS), out=draw.choice(GRIDS))
+    for other in draw.choices(list(CONDITIONS), k=draw.randrange(3)):
+        base = base.model_copy(update=draw.choice(CONDITIONS[other]))
+    one, two = (draw.choice([{}, *CONDITIONS[condition]]) for _ in range(2))
+    return base.model_copy(update=one), base.model_copy(update={"id": "b", **two})
 
 
-@pytest.mark.parametrize("ignored", ["needs", "weight", "placement", "not_read_by"])
-def test_a_check_that_ignores_a_field_is_found_out(ignored: str) -> None:
+def never_sees_the_second(shadows: Callable[[Row, Row], bool], condition: str) -> None:
+    draw = random.Random(condition)
+    for _ in range(PAIRS):
+        front, behind = pair(draw, condition)
+        (facts, rows), asked = around(draw), draw.choice([[], draw.choice(WANTS)])
+        if not shadows(front, behind):
+            continue
+        target = table(FLOAT).model_copy(update={"row": (front, behind, *rows)})
+        chosen = solve(facts, target, asked).choices["layer"].row
+        assert chosen is None or chosen.id != "b", (front, asked)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_what_stands_behind_is_never_chosen(condition: str) -> None:
+    never_sees_the_second(takes_all_of, condition)
+
+
+class Blind:
+    """A row in front, which says of one condition what the row behind says: so it cannot count."""
+
+    def __init__(self, front: Row, row: Row, ignored: str) -> None:
+        self.front, self.row, self.ignored = front, row, ignored
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.row if name == self.ignored else self.front, name)
+
+
+@pytest.mark.parametrize("ignored", CONDITIONS)
+def test_a_check_that_ignores_a_condition_is_found_out(ignored: str) -> None:
     def careless(front: Row, row: Row) -> bool:
-        return takes_all_of(front.model_copy(update={ignored: getattr(row, ignored)}), row)
+        blind: Any = Blind(front, row, ignored)
+        return takes_all_of(blind, row)
 
     with pytest.raises(AssertionError):
-        never_sees_the_second(careless)
+        never_sees_the_second(careless, ignored)
+
+
+def test_no_condition_is_left_out() -> None:
+    """Of two equal rows every condition is asked."""
+
+    class Asked(Blind):
+        names: ClassVar[set[str]] = set()
+
+        def __getattr__(self, name: str) -> Any:
+            self.names.add(name)
+            return super().__getattr__(name)
+
+    for x in (U8, DYNAMIC):
+        row = linear("a", weight=(S8,), bias=("int32",), out=(U8,)).model_copy(update={"x": (x,)})
+        asked: Any = Asked(row, row, "")
+        assert takes_all_of(asked, row)
+    assert Asked.names == set(CONDITIONS)

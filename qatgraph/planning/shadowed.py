@@ -47,6 +47,8 @@ def takes_all_of(front: Row, row: Row) -> bool:
             front.batched <= row.batched,
             front.least_terms <= row.least_terms,
             set(front.not_read_by) <= set(row.not_read_by),
+            # only who asks for such a grid gets it: of x, or of the weight
+            not front.on_request or (row.on_request and front.dynamic_x == row.dynamic_x),
         )
     )
     return alike and _weight(front, row) and _bias(front, row) and (front.placement != "int8" or _around(front, row))
@@ -72,8 +74,9 @@ def _around(front: Row, row: Row) -> bool:
     halves = ("", "inputs-int8", "readers-int8")
     weaker = front.needs in ("", row.needs) or (front.needs in halves and row.needs == "between-int8")
     same = all(getattr(front, key) == getattr(row, key) for key in ("moves", "fuses_after", "fuses_before"))
-    grids = all(not h or _within(w, h) for w, h in ((row.x, front.x), (row.out, front.out)))
-    return weaker and same and grids
+    reads = _within(row.x, front.x) or not (row.x or front.x)  # without a grid it does not fit where one is asked for
+    writes = not front.out or _within(row.out, front.out)
+    return weaker and same and reads and writes
 
 
 def _within(some: tuple[QuantSpec, ...], more: tuple[QuantSpec, ...]) -> bool:

@@ -97,7 +97,10 @@ def _out(draw: Draw, target: Target, case: Case, operation: Operation) -> Grid |
     spec, values = draws.one_of(draw, specs), real(case, operation)
     if case.activation:
         return draws.grid_above(draw, spec, values, HIGHEST[case.activation])
-    grid = draws.grid_over(draw, spec, values)
+    if operation.passes and draws.flag(draw):
+        grid = draws.grid_of_halves(draw, spec, next(iter(case.inputs.values())).grid)
+    else:
+        grid = draws.grid_over(draw, spec, values)
     finest = [row.finest * float(o.grid.scale) for o in case.inputs.values()]
     return replace(grid, scale=np.maximum(grid.scale, np.float32(max(finest, default=0.0))))
 

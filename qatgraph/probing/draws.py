@@ -130,6 +130,11 @@ def grid_over(draw: Draw, spec: QuantSpec, values: Array) -> Grid:
     return Grid(spec.dtype, _step(draw, spec, top, max(zero - spec.qmin, spec.qmax - zero)), zero)
 
 
+def grid_of_halves(draw: Draw, spec: QuantSpec, grid: Grid) -> Grid:
+    """A grid two or four times as coarse as another one: half or a quarter of its steps lie between two steps."""
+    return Grid(spec.dtype, np.asarray(grid.scale * np.float32(one_of(draw, [2, 4]))), zero_point(draw, spec))
+
+
 def grid_above(draw: Draw, spec: QuantSpec, values: Array, most: float) -> Grid:
     """A grid for results of which 0 is the smallest and ``most`` the largest, as observers give it."""
     zero = 0 if spec.scheme is Scheme.SYMMETRIC else spec.qmin

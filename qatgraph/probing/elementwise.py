@@ -13,7 +13,7 @@ from qatgraph.planning.target import Row
 from qatgraph.probing import draws
 from qatgraph.probing.cases import Case, Operand
 from qatgraph.probing.draws import Draw
-from qatgraph.probing.floats import RANKS, draw_unary, sigmoid, softmax
+from qatgraph.probing.floats import RANKS, draw_limited, draw_unary, sigmoid, softmax
 from qatgraph.probing.operation import Expected, Operation, integers
 from qatgraph.probing.products import FLOAT_STEP
 from qatgraph.reference import Array
@@ -55,7 +55,7 @@ def _draw_parts(draw: Draw, row: Row) -> dict[str, Any]:
 
 
 def _draw_leaky(draw: Draw, row: Row) -> dict[str, Any]:
-    return draw_unary(draw, row) | {"attributes": {"alpha": draws.one_of(draw, (0.01, 0.25, 1.0))}}
+    return draw_limited(draw, row) | {"attributes": {"alpha": draws.one_of(draw, (0.01, 0.25, 1.0))}}
 
 
 def _pair(name: str, function: Callable[[Array, Array], Array]) -> Operation:
@@ -126,8 +126,8 @@ ELEMENTWISE = {
     "matmul": _pair("matmul", np.matmul),
     "sigmoid": _one("sigmoid", sigmoid),
     "softmax": _one("softmax", softmax, axis=-1),
-    "leaky_relu": Operation(_draw_leaky, _leaky, {"through-float": integers(_integer_leaky)}),
-    "cat": Operation(_draw_parts, _cat, {"through-float": integers(_integer_cat)}, free_axes=0),
+    "leaky_relu": Operation(_draw_leaky, _leaky, {"through-float": integers(_integer_leaky)}, passes=True),
+    "cat": Operation(_draw_parts, _cat, {"through-float": integers(_integer_cat)}, free_axes=0, passes=True),
     # each as the writer of the engine has it: qatgraph/backends/onnx_cases.py
     "reshape": _moving(lambda x: x.reshape(-1)),
     "flatten": _moving(lambda x: x.reshape(len(x), -1)),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import erf
 from typing import Any
 
 import numpy as np
 
+from qatgraph import reference
 from qatgraph.planning.target import Row
 from qatgraph.probing import draws
 from qatgraph.probing.cases import Case, Operand
 from qatgraph.probing.draws import Draw
-from qatgraph.probing.operation import Operation
+from qatgraph.probing.operation import Operation, integers
 from qatgraph.reference import Array
 
 Values = Mapping[str, Array]
@@ -32,6 +34,16 @@ def draw_unary(draw: Draw, row: Row) -> dict[str, Any]:
     return {"form": row.form, "inputs": {"x": _activation(draw, row, _shape(draw, row))}}
 
 
+def draw_limited(draw: Draw, row: Row) -> dict[str, Any]:
+    """Also the integers from below zero on, one after the other: what a limit lets through, at every fraction."""
+    found = draw_unary(draw, row)
+    x: Operand = found["inputs"]["x"]
+    if not draws.flag(draw):
+        return found
+    ramp = np.arange(-1, x.q.size - 1).reshape(x.q.shape) + x.grid.zero_point
+    return found | {"inputs": {"x": replace(x, q=reference.clamp(ramp, x.q.dtype))}}
+
+
 def _draw_norm(draw: Draw, row: Row) -> dict[str, Any]:
     found = draw_unary(draw, row)
     width = found["inputs"]["x"].q.shape[-1:]
@@ -49,6 +61,20 @@ def _draw_attention(draw: Draw, row: Row) -> dict[str, Any]:
 
 def _unary(function: Callable[[Array], Array]) -> Operation:
     return Operation(draw_unary, lambda case, values: function(values["x"]))
+
+
+def _limit(function: Callable[[Array], Array]) -> Operation:
+    """What cuts numbers off: no float library is in doubt about the others, so that halves round as the row says."""
+
+    def exact(case: Case) -> Array:
+        x, out = case.inputs["x"], case.out
+        assert out is not None
+        return reference.lookup(x.q, x.grid.plain, out.plain, function)
+
+    def apply(case: Case, values: Values) -> Array:
+        return function(values["x"])
+
+    return Operation(draw_limited, apply, {"through-float": integers(exact)}, passes=True)
 
 
 def gelu(x: Array) -> Array:
@@ -100,6 +126,6 @@ FLOATS = {
     "safe_softmax": _unary(softmax),
     "gelu": _unary(gelu),
     "silu": _unary(lambda x: x * sigmoid(x)),
-    "relu": _unary(lambda x: np.maximum(x, 0)),
-    "clamp": _unary(lambda x: np.clip(x, 0, 6)),
+    "relu": _limit(lambda x: np.maximum(x, 0)),
+    "clamp": _limit(lambda x: np.clip(x, 0, 6)),
 }

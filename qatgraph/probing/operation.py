@@ -36,12 +36,14 @@ class Operation:
     """``draw`` gives the fields of a case that are the operation's own, as the row wants them. ``apply`` is the
     operation on the numbers of its inputs by role, in float64 or on the integers that are only moved. ``exact`` are
     the ways in which int8 kernels make its result, by the ``requant`` of a row, where these are more than ``apply``.
+    ``passes``: whether it lets numbers through as they are, so that a coarser grid behind it puts them on halves.
     """
 
     draw: Callable[[Draw, Row], dict[str, Any]]
     apply: Callable[[Case, Mapping[str, Array]], Array]
     exact: Mapping[str, Callable[[Case], Expected]] = field(default_factory=dict)
     free_axes: int = -1  # so many axes of x in front may have no size in the file; -1: all but the last
+    passes: bool = False
 
 
 def real(case: Case, operation: Operation) -> Array:

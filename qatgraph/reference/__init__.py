@@ -1,10 +1,11 @@
 """The integer reference: what an int8 region computes, in exact integers. The oracle of every proof."""
 
-from qatgraph.reference.elementwise import add, concat, leaky_relu, mul, sigmoid, softmax
+from qatgraph.reference.elementwise import add, concat, leaky_relu, lookup, mul, sigmoid, softmax
 from qatgraph.reference.grids import (
     Array,
     EngineQuantize,
     Grid,
+    clamp,
     dequantize,
     dynamic_quantize,
     multiply_quantize,
@@ -43,6 +44,7 @@ __all__ = [
     "accumulate_pair16",
     "add",
     "average_pool",
+    "clamp",
     "concat",
     "conv",
     "conv_float",
@@ -56,6 +58,7 @@ __all__ = [
     "linear",
     "linear_dynamic",
     "linear_in_blocks",
+    "lookup",
     "matmul",
     "matmul_float",
     "matmul_integer",

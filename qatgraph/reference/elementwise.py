@@ -1,9 +1,10 @@
 """Element-wise operations between grids, in the arithmetic of ONNX Runtime's integer kernels on x86.
 
-All integers of one call have one type. The results equal those of the engine on AVX2 and later: 0 steps. Elsewhere sums
-and products differ by at most 1 step, the rest by 0. SSE, which fuses nothing: 2 of 1,048,576 sums in which one integer
-meets a row of others. 64-bit Arm, which adds in fixed point: 12 of 2,097,152 sums at scales drawn at random, but 14 to
-23 % at powers of two, where halves abound; products 0 at random scales, 0.04 to 0.2 % at round ones.
+All integers of one call have one type, but for what goes through a table. The results equal those of the engine on AVX2
+and later: 0 steps. Elsewhere sums and products differ by at most 1 step, the rest by 0. SSE, which fuses nothing: 2 of
+1,048,576 sums in which one integer meets a row of others. 64-bit Arm, which adds in fixed point: 12 of 2,097,152 sums
+at scales drawn at random, but 14 to 23 % at powers of two, where halves abound; products 0 at random scales, 0.04 to
+0.2 % at round ones.
 """
 
 from __future__ import annotations
@@ -129,4 +130,5 @@ def _one_for_many(a: Array, b: Array) -> bool:
 
 
 def _same(a: Grid, b: Grid) -> bool:
-    return bool(a.scale == b.scale) and bool(a.zero_point == b.zero_point)
+    alike = a.scale == b.scale and a.zero_point == b.zero_point
+    return bool(alike) and a.zero_point.dtype == b.zero_point.dtype
