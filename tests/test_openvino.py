@@ -185,7 +185,7 @@ def behind_layer_norm() -> tuple[Array, Array, dict[str, Array]]:
     random = np.random.default_rng(0)
     scale, zero = np.asarray(0.021, np.float32), np.asarray(121, np.uint8)
     w = {n: random.normal(1, 0.3, 384).astype(np.float32) for n in ("gamma", "beta")}
-    grid = {"scale": scale, "zero": zero}
+    grid: dict[str, Array] = {"scale": scale, "zero": zero}
     product = {"w": random.integers(-64, 65, (384, 64)).astype(np.int8), "ws": np.float32(0.01), "wz": np.int8(0)}
     constants = [numpy_helper.from_array(np.asarray(a), n) for n, a in (w | grid | product).items()]
     nodes = [
