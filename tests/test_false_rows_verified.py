@@ -15,7 +15,6 @@ from qatgraph.backends import ort_cpu
 from qatgraph.conversion import convert
 from qatgraph.errors import QatgraphError
 from qatgraph.ir.graph import Graph
-from qatgraph.ops import keeps_grid
 from qatgraph.planning.plan import Plan, Prediction
 from qatgraph.planning.recipe import Recipe
 from qatgraph.planning.target import Row, Target, load_target
@@ -41,8 +40,7 @@ def lied_to(target: Target, false: Row) -> tuple[str, Plan, list[str]] | None:
     """The first model with nodes of which the false row promises something else than the true table does."""
     for model in ZOO:
         plan = decide(canonical(model), target, Recipe())
-        moves = {f.name for f in plan.nodes if keeps_grid(f.kind)}  # before or behind a quantize, as the engine likes
-        predicted = [p for p in plan.predictions if p.row == false.id and (p.int8 or p.node not in moves)]
+        predicted = [p for p in plan.predictions if p.row == false.id]
         nodes = [p.node for p in predicted if promise(p) != promise(honest(model).prediction(p.node))]
         if nodes:
             return model, plan, nodes

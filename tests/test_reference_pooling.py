@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from qatgraph import reference
 from qatgraph.reference import Array, Grid
@@ -47,9 +49,38 @@ def engine(operation: str, kernel: str, case: dict[str, Any], out_grid: Grid, **
 @few
 @given(pools(), st.booleans(), st.booleans())
 def test_an_average_equals_the_engine(case: dict[str, Any], include: bool, ceil: bool) -> None:
+    include = include and not ceil  # of both the engine has another idea, see below
     how = {"count_include_pad": int(include), "ceil_mode": int(ceil)}
     want = engine("AveragePool", "QLinearAveragePool", case, case["out_grid"], **how)
     assert steps(reference.average_pool(**case, count_include_pad=include, ceil=ceil), want) == 0
+
+
+POOLS = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
+
+
+def torch_average(case: dict[str, Any], include: bool, ceil: bool) -> Array:
+    x, out, padding = case["x"], case["out_grid"], [before for before, _ in case["padding"]]
+    real = torch.from_numpy(reference.dequantize(x, case["x_grid"].scale, case["x_grid"].zero_point))
+    pool = POOLS[len(padding) - 1]
+    found = pool(real, case["kernel"], case["stride"], padding, ceil_mode=ceil, count_include_pad=include)
+    return reference.quantize(found.numpy(), out.scale, out.zero_point)
+
+
+@few
+@given(pools(), st.booleans(), st.booleans())
+def test_an_average_counts_as_torch_does(case: dict[str, Any], include: bool, ceil: bool) -> None:
+    halves = [min(p[0], k // 2) for p, k in zip(case["padding"], case["kernel"], strict=True)]
+    case |= {"padding": [(p, p) for p in halves]}
+    have = reference.average_pool(**case, count_include_pad=include, ceil=ceil)
+    assert steps(have, torch_average(case, include, ceil)) <= 1
+
+
+def test_what_lies_beyond_the_padding_counts_in_the_engine_alone() -> None:
+    case = steady() | {"kernel": [3, 3], "stride": [2, 2], "padding": [(1, 1), (1, 1)]}
+    have = reference.average_pool(**case, count_include_pad=True, ceil=True)
+    assert steps(have, torch_average(case, True, True)) <= 1
+    wrong = engine("AveragePool", "QLinearAveragePool", case, case["out_grid"], count_include_pad=1, ceil_mode=1)
+    assert steps(have, wrong) > 1
 
 
 @few

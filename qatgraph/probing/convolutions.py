@@ -148,25 +148,27 @@ def _draw_pool(axes: int, *, average: bool) -> Any:
 def _max_pool(case: Case, values: Values) -> Array:
     size, x = case.attributes, values["x"]
     least = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
-    found: Array = np.maximum.reduce(_windows(x, size, pads(case), least))
+    found: Array = np.maximum.reduce(_windows(x, size, pads(case), (least, least)))
     return found
 
 
 def _average_pool(case: Case, values: Values) -> Array:
     size, x = case.attributes, values["x"]
     inside = np.ones_like(x)
-    counts = _windows(inside, size, pads(case), float(size["count_include_pad"] and any(size["padding"])))
-    found: Array = np.sum(_windows(x, size, pads(case), 0.0), 0) / np.sum(counts, 0)
+    counts = _windows(inside, size, pads(case), (float(size["count_include_pad"]), 0.0))
+    found: Array = np.sum(_windows(x, size, pads(case), (0.0, 0.0)), 0) / np.sum(counts, 0)
     return found
 
 
-def _windows(x: Array, size: Mapping[str, Any], padding: list[tuple[int, int]], fill: float) -> list[Array]:
-    """What each position of the window meets."""
+def _windows(
+    x: Array, size: Mapping[str, Any], padding: list[tuple[int, int]], fill: tuple[float, float]
+) -> list[Array]:
+    """What each position of the window meets; ``fill``: in the padding, and beyond."""
     each = [1] * (x.ndim - 2)
     how = {"stride": size["stride"], "padding": padding, "dilation": each, "ceil": size["ceil"]}
     out, beyond = pool_windows(x.shape[2:], size["kernel"], **how)
-    ends = [(before, after + more) for (before, after), more in zip(padding, beyond, strict=True)]
-    padded = np.pad(x, [(0, 0), (0, 0), *ends], constant_values=fill)
+    padded = np.pad(x, [(0, 0), (0, 0), *padding], constant_values=fill[0])
+    padded = np.pad(padded, [(0, 0), (0, 0), *((0, more) for more in beyond)], constant_values=fill[1])
     return [padded[window(at, out, size["stride"], each)] for at in product(*map(range, size["kernel"]))]
 
 
@@ -175,7 +177,7 @@ def _integer_average(case: Case) -> Array:
     assert out is not None
     return reference.average_pool(
         x.q, x.grid.plain, out.plain, size["kernel"], stride=size["stride"], padding=pads(case),
-        count_include_pad=size["count_include_pad"] and any(size["padding"]), ceil=size["ceil"],
+        count_include_pad=size["count_include_pad"], ceil=size["ceil"],
     )  # fmt: skip
 
 

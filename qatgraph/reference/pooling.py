@@ -26,7 +26,7 @@ def max_pool(
 ) -> Array:
     """MaxPool on the integers themselves; padding never wins."""
     lowest = np.iinfo(x.dtype).min
-    pooled: Array = np.maximum.reduce([*_seen(x, lowest, kernel, stride, padding, dilation, ceil)])
+    pooled: Array = np.maximum.reduce([*_seen(x, (lowest, lowest), kernel, stride, padding, dilation, ceil)])
     return pooled
 
 
@@ -43,17 +43,17 @@ def average_pool(
 ) -> Array:
     """QLinearAveragePool: float32 sums of dequantized values in the order of the window, and true divisions.
 
-    ``round_half_even(sum / count / s_y + z_y)``: the zero point is in before the rounding. Where padding counts, so
-    does what lies beyond it, other than in torch. A window over the whole input is a global pool.
-    Source: onnxruntime ``qlinear_pool.cc``.
+    ``round_half_even(sum / count / s_y + z_y)``: the zero point is in before the rounding. What lies beyond the
+    padding never counts, as in torch; ONNX Runtime's kernel counts it where padding counts. A window over the whole
+    input is a global pool. Source: onnxruntime ``qlinear_pool.cc``.
     """
     if tuple(kernel) == x.shape[2:] and not np.any(padding):
         return global_average_pool(x, x_grid, out_grid)
     each = (1,) * len(kernel)
     real = dequantize(x, x_grid.scale, x_grid.zero_point)
-    total = sum(_seen(real, 0, kernel, stride, padding, each, ceil))
+    total = sum(_seen(real, (0, 0), kernel, stride, padding, each, ceil))
     inside = np.ones((1, 1, *x.shape[2:]), np.float32)
-    count = sum(_seen(inside, float(count_include_pad), kernel, stride, padding, each, ceil))
+    count = sum(_seen(inside, (float(count_include_pad), 0), kernel, stride, padding, each, ceil))
     shift = np.float32(unsigned_shift(out_grid.zero_point.dtype))
     raw = total / count / np.float32(out_grid.scale) + (np.float32(out_grid.zero_point) + shift)
     return clamp(np.rint(raw) - shift, out_grid.zero_point.dtype)
@@ -73,17 +73,17 @@ def global_average_pool(x: Array, x_grid: Grid, out_grid: Grid) -> Array:
 
 def _seen(
     x: Array,
-    fill: float,
+    fill: tuple[float, float],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Pads,
     dilation: Sequence[int],
     ceil: bool,
 ) -> Iterator[Array]:
-    """What each position of the window meets, ``[N, C, *out]``, in its order."""
+    """What each position of the window meets, ``[N, C, *out]``, in its order; ``fill``: in the padding, and beyond."""
     out, beyond = pool_windows(x.shape[2:], kernel, stride=stride, padding=padding, dilation=dilation, ceil=ceil)
-    ends = [(before, after + more) for (before, after), more in zip(padding, beyond, strict=True)]
-    padded = np.pad(x, [(0, 0), (0, 0), *ends], constant_values=fill)
+    padded = np.pad(x, [(0, 0), (0, 0), *padding], constant_values=fill[0])
+    padded = np.pad(padded, [(0, 0), (0, 0), *((0, more) for more in beyond)], constant_values=fill[1])
     for position in product(*map(range, kernel)):
         yield padded[window(position, out, stride, dilation)]
 
