@@ -95,9 +95,20 @@ def softmax(x: Array) -> Array:
 
 
 def _layer_norm(case: Case, values: Values) -> Array:
-    centred = values["x"] - values["x"].mean(-1, keepdims=True)
-    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
+    normal = (values["x"] - values["x"].mean(-1, keepdims=True)) / _deviation(values["x"])
     found: Array = normal * case.parameters["scale"] + case.parameters["shift"]
+    return found
+
+
+def _deviation(x: Array) -> Array:
+    found: Array = np.sqrt(x.var(-1, keepdims=True) + EPSILON)
+    return found
+
+
+def _layer_norm_slack(case: Case, values: Values) -> Array:
+    """Of equal numbers the mean may be rounded, and what is left is divided by the root of epsilon."""
+    x = values["x"]
+    found: Array = 2 * 2.0**-23 * np.abs(x).max(-1, keepdims=True) / _deviation(x) * np.abs(case.parameters["scale"])
     return found
 
 
@@ -120,7 +131,7 @@ def _heads(packed: Array, heads: int) -> Array:
 
 
 FLOATS = {
-    "layer_norm": Operation(_draw_norm, _layer_norm),
+    "layer_norm": Operation(_draw_norm, _layer_norm, slack=_layer_norm_slack),
     "rms_norm": Operation(_draw_norm, _rms_norm),
     "attention": Operation(_draw_attention, _attention, free_axes=1),
     "safe_softmax": _unary(softmax),

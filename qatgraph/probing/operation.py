@@ -36,6 +36,7 @@ class Operation:
     """``draw`` gives the fields of a case that are the operation's own, as the row wants them. ``apply`` is the
     operation on the numbers of its inputs by role, in float64 or on the integers that are only moved. ``exact`` are
     the ways in which int8 kernels make its result, by the ``requant`` of a row, where these are more than ``apply``.
+    ``slack``: how far rounding in float32 may move its result where small differences of large numbers are divided.
     ``passes``: whether it lets numbers through as they are, so that a coarser grid behind it puts them on halves.
     """
 
@@ -43,12 +44,18 @@ class Operation:
     apply: Callable[[Case, Mapping[str, Array]], Array]
     exact: Mapping[str, Callable[[Case], Expected]] = field(default_factory=dict)
     free_axes: int = -1  # so many axes of x in front may have no size in the file; -1: all but the last
+    slack: Callable[[Case, Mapping[str, Array]], Array | float] = lambda case, values: 0.0
     passes: bool = False
 
 
 def real(case: Case, operation: Operation) -> Array:
     """The operation on the numbers that the integers stand for, in float64."""
-    return operation.apply(case, {role: o.real.astype(np.float64) for role, o in case.inputs.items()})
+    return operation.apply(case, numbers(case))
+
+
+def numbers(case: Case) -> Mapping[str, Array]:
+    """What the integers stand for, by role."""
+    return {role: o.real.astype(np.float64) for role, o in case.inputs.items()}
 
 
 def integers(function: Callable[[Case], Array]) -> Callable[[Case], Expected]:

@@ -18,7 +18,7 @@ from qatgraph.ops import keeps_grid
 from qatgraph.planning.target import Row, Target
 from qatgraph.probing.cases import GONE, Case, Engine, Realized
 from qatgraph.probing.draw import BORDER, draw_case, hosts, operation_of
-from qatgraph.probing.operation import Expected, Operation, real
+from qatgraph.probing.operation import Expected, Operation, numbers, real
 from qatgraph.probing.products import FLOAT_STEP
 from qatgraph.probing.readers import HIGHEST, behind
 from qatgraph.probing.report import ProbeReport, RowResult
@@ -171,7 +171,7 @@ def expected(case: Case, operation: Operation) -> Expected:
         return found if case.out is None else _inside(case, found)
     value = real(case, operation)
     slack = FLOAT_KERNEL * (_largest(case) + float(np.abs(value).max(initial=0.0)) + 0.1)
-    found = Expected.around(value, slack)
+    found = Expected.around(value, slack + operation.slack(case, numbers(case)))
     return found if case.out is None else found.rounded(case.out)
 
 
