@@ -34,6 +34,8 @@ def without_skip_layer_norm(file: Path, **config: str) -> Any:
 
 
 def main() -> None:
+    if not ARTIFACT.is_file():
+        raise SystemExit(f"there is no {ARTIFACT}: run `make demo` first")
     setup = set_up(load_job(JOB), JOB, 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
