@@ -21,6 +21,11 @@ MOVERS = frozenset(
     {"Reshape", "Transpose", "StridedSlice", "Split", "Squeeze", "Unsqueeze", "Gather", "GatherElements", "GatherND",
      "Broadcast", "Tile", "DepthToSpace", "SpaceToDepth", "Pooling"}
 )  # fmt: skip
+EITHER = MOVERS | {
+    "Concatenation",
+    "Convert",
+    "Reduce",
+}  # they may read integers where the file has floats: the same numbers
 
 
 class EngineNode(NamedTuple):
@@ -84,7 +89,7 @@ def _joined(one: EngineNode, nodes: list[Any]) -> Iterator[KernelNode]:
     core = next((n for n in nodes if n.op_type in PRODUCTS), next(iter(nodes), None))
     for node in nodes:
         int8 = node is core and one.precision in INTEGERS and one.layer not in ELEMENTWISE
-        either = node is core and one.layer in MOVERS
+        either = node is core and one.layer in EITHER
         if node.op_type in PAIRS:
             integers = [r in INTEGERS for r in one.reads]
             int8, either = any(integers), any(integers) and not all(integers)

@@ -78,7 +78,7 @@ class RegionParity:
             self.integers += steps.size
             self.steps = max(self.steps, int(steps.max(initial=0)))
             self.off += int((steps > 0).sum())
-            self.first = self.first or _first(have, least, steps > 0)
+            self.first = self.first or _first(have, np.where(have < least, least, largest), steps > 0)
 
     def compare_result(self, have: Array, want: Array, slack: Array | None = None) -> None:
         """``slack``: how far each float may be off, where the kernel adds floats."""

@@ -148,7 +148,7 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
 def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:
     weights = {owner(n): c["weight"][0] for n, c in backend.product_constants(model).items()}
     paired = {p.node for p in plan.predictions if p.in_pairs} if plan.requires != "vnni" else set()
-    worst = {n: reference.worst_pair(reference.k_rows(w)) for n, w in weights.items() if n in paired}
+    worst = {n: reference.worst_pair(reference.pair_rows(w)) for n, w in weights.items() if n in paired}
     low = {n: int(w.min()) for n, w in weights.items()}
     bad = [n for n in weights if worst.get(n, 0) > 128 or low[n] < -127]
     report.overflow = {

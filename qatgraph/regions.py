@@ -14,6 +14,7 @@ from qatgraph import reference
 from qatgraph.ir.graph import Graph, arguments
 from qatgraph.ir.meta import has_record, record, value_of
 from qatgraph.operators import DEQUANTIZE, DEQUANTIZE_BLOCKS, QUANTIZE, ROUND_DYNAMICALLY
+from qatgraph.ops import keeps_grid
 from qatgraph.reference import Array, EngineQuantize, Grid
 from qatgraph.rewriting.matcher import attribute
 
@@ -97,7 +98,8 @@ class Region:
         if record(self.node).kind == "embedding":
             table = self.constant(self.node.args[0])
             return [lambda indices: (table[indices],) * 2]
-        return [partial(self.quantize.least_and_largest, scale=g.scale, zero_point=g.zero_point) for g in self.grids]
+        steps, each = self.quantize.least_and_largest, zip(self.grids, self.quantizes, strict=True)
+        return [partial(steps, scale=g.scale, zero_point=g.zero_point, behind=_kind_in_front(q)) for g, q in each]
 
     @property
     def quantizes(self) -> tuple[fx.Node, ...]:
@@ -204,6 +206,15 @@ def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source
+
+
+def _kind_in_front(node: fx.Node) -> str:
+    """The kind of the operation that gives what a quantize reads, also in front of what only moves it; else empty."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    if not has_record(source):
+        return ""
+    kind = record(source).kind
+    return _kind_in_front(source) if keeps_grid(kind) else kind
 
 
 def _quantize_behind(node: fx.Node) -> fx.Node | None:
@@ -340,8 +351,7 @@ def _average_pool(r: Region) -> Result:
     (grid,), out, kernel = r.grids, r.out_grid, r.sizes("kernel_size")
     stride = r.sizes("stride") if r.attribute("stride") else kernel
     pads = [(p, p) for p in r.sizes("padding")]
-    counts = r.attribute("count_include_pad") and any(r.sizes("padding"))
-    how = {"count_include_pad": counts, "ceil": r.attribute("ceil_mode")}
+    how = {"count_include_pad": r.attribute("count_include_pad"), "ceil": r.attribute("ceil_mode")}
     return lambda q: reference.average_pool(q, grid, out, kernel, stride=stride, padding=pads, **how)
 
 

@@ -356,7 +356,7 @@ def _plan_of_run(folder: Path, manifest: dict[str, Any]) -> Plan:
             "'plan.json' is not the plan of the run",
             where=str(folder),
             why=f"it is {plan.hash()[:12]}, for '{plan.target}' by {table}; the run's is {wanted[:12]}",
-            todo="run the job again: a plan for another target needs a run of its own, with --target",
+            todo="run the job again: another plan needs a run of its own (--target, recipe and passes of the job)",
         )
     return plan
 

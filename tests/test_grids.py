@@ -240,6 +240,26 @@ def test_pairs_run_along_k() -> None:
     assert bool((weight_scale(down.T.contiguous(), PAIR_SAFE) > 1 / 127).tolist()[0])
 
 
+FILTERS = arrays(np.float32, array_shapes(min_dims=3, max_dims=4, max_side=5), elements=st.floats(-4, 4, width=32))
+ANEW = np.zeros((1, 3, 2), np.float32)  # two weights at the second position: neighbours only where pairs start anew
+ANEW[0, :2, 1] = 1.0
+
+
+@many
+@given(FILTERS, st.sampled_from([PAIR_SAFE, PAIR_SAFE_TENSOR]))
+@example(ANEW, PAIR_SAFE)
+def test_pair_safe_filters_are_safe_wherever_pairs_start(weight: Array, spec: QuantSpec) -> None:
+    q, _ = integers(weight, spec)
+    assert reference.worst_pair(reference.pair_rows(q)) <= PAIR_LIMIT
+    assert reference.worst_pair(reference.k_rows(q)) <= PAIR_LIMIT
+
+
+def test_a_filter_that_is_safe_in_one_order_may_overflow_in_the_other() -> None:
+    q = np.rint(ANEW * 127).astype(np.int8)
+    assert reference.worst_pair(reference.k_rows(q)) == 127
+    assert reference.worst_pair(reference.pair_rows(q)) == 254
+
+
 @many
 @given(weights, st.sampled_from([PER_CHANNEL, PAIR_SAFE, PAIR_SAFE_TENSOR, S8, POWER_OF_TWO]))
 def test_training_and_deployment_use_one_grid_bit_for_bit(weight: Array, spec: QuantSpec) -> None:

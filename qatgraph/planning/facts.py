@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from qatgraph.ops import keeps_grid
 
 if TYPE_CHECKING:
     from torch import fx
@@ -36,7 +38,8 @@ class NodeFact:
 
     ``inputs`` are (role, name of the producing node or graph input) pairs; ``shape`` is that of the result and
     ``x_shape`` that of the first input; ``readers`` the kinds that read the result, also behind a dropout, and
-    ``output`` if the model returns it, ``outputs`` then the names under which it does; ``low`` the smallest value that
+    ``output`` if the model returns it, ``outputs`` then the names under which it does; ``behind`` those that read it
+    behind the activation of its region and behind what only moves it; ``low`` the smallest value that
     the operation can give, if it has one; ``zeros`` says that it pads an image with zeros,
     ``beyond`` that windows may reach beyond the padding (``ceil_mode``), of an average those that count it;
     ``bytes`` its size on the example batch, and ``macs`` its multiply-accumulates there. ``absent`` says why no kernel
@@ -55,6 +58,7 @@ class NodeFact:
     x_shape: tuple[Size, ...]
     readers: tuple[str, ...]
     bytes: int
+    behind: tuple[str, ...] = ()
     x_bytes: int = 0
     macs: int = 0
     low: float | None = None
@@ -135,7 +139,8 @@ def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _reader_kinds(node: fx.Node) -> Iterator[str]:
+def _reader_kinds(node: fx.Node, through: Callable[[str], bool] = lambda kind: False) -> Iterator[str]:
+    """The kinds that read a value, also behind a dropout, which is gone when the engine runs, and ``through`` what."""
     from qatgraph.ir.meta import has_record, record
 
     for user in node.users:
@@ -143,8 +148,24 @@ def _reader_kinds(node: fx.Node) -> Iterator[str]:
             yield "output"
         elif has_record(user):
             yield record(user).kind
-            if record(user).kind == "dropout":  # it is gone when the engine runs
-                yield from _reader_kinds(user)
+            if record(user).kind == "dropout" or through(record(user).kind):
+                yield from _reader_kinds(user, through)
+
+
+def _picks(kind: str) -> bool:
+    """Whether the elements of the result are those of the inputs, moved, picked or side by side."""
+    return keeps_grid(kind) or kind == "cat" or kind.startswith("max_pool")
+
+
+def _end(node: fx.Node) -> fx.Node:
+    """The activation from 0 on that alone reads a node and is of one region with it, else the node."""
+    from qatgraph.ir.meta import has_record, record
+
+    reader = next(iter(node.users)) if len(node.users) == 1 else node
+    if not has_record(reader) or record(reader).region != record(node).region:
+        return node
+    kind = record(reader).kind
+    return reader if kind in ("relu", "clamp") and _low(reader, kind) == 0 else node
 
 
 def _returned(graph: Graph) -> dict[fx.Node, tuple[str, ...]]:
@@ -271,6 +292,7 @@ def facts_of(graph: Graph) -> tuple[NodeFact, ...]:
             shape=shape(value),
             x_shape=x_shape or shape(value),
             readers=tuple(sorted(set(_reader_kinds(node)))),
+            behind=tuple(sorted(set(_reader_kinds(_end(node), _picks)))),
             bytes=elements * 4,
             x_bytes=x_bytes,
             macs=macs_of(node, known.kind),

@@ -62,7 +62,7 @@ def _losing(solution: Solution, cost: Cost, facts: tuple[NodeFact, ...], target:
 
 
 def _left(network: nx.DiGraph[Any]) -> set[Any]:
-    """The keys on the side of float. In the cut they are integers: hashes of texts differ by process."""
+    """The keys on the side of float. Cut as integers, with which it does the same work in each process."""
     keys = list(network)
     number = {k: i for i, k in enumerate(keys)}
     _, (_, left) = nx.minimum_cut(nx.relabel_nodes(network, number), number[WIN], number[LOSS])

@@ -96,6 +96,7 @@ def weight(draw: Draw, spec: QuantSpec, shape: Sequence[int], k_order: str = "ro
     channels = k_order == "channels-last"
     q = integers(draw, (shape[0], *shape[2:], shape[1]) if channels else shape, spec.qmin, spec.qmax).astype(np.int32)
     if spec.scale is ScaleRule.PAIR_SAFE:
+        tighten(q)  # pairs that start anew at each position
         tighten(q.reshape(len(q), -1))
     if spec.block is not None:
         blocks = (shape[0], -(-shape[1] // spec.block))

@@ -47,19 +47,21 @@ def multiply_quantize(x: Array, scale: Array, zero_point: Array) -> Array:
 class EngineQuantize:
     """How an engine makes integers of floats: ``alone``, the arithmetic of a quantize by itself.
 
-    ``near``: in steps of the grid, how near to the middle of two integers a value has to be for both to be right. An
-    engine that joins a quantize to the operation in front of it rounds the two at other places.
+    An engine that joins a quantize to a float operation in front rounds the two at other places. ``joined``: the kinds
+    of these; ``near``: in steps of the grid, how near to the middle of two integers a value has to be for both to be
+    right behind them.
     """
 
     alone: Callable[..., Array]
+    joined: frozenset[str] = frozenset()
     near: float = 0.0
 
     def __call__(self, x: Array, scale: Array, zero_point: Array) -> Array:
         return self.alone(x, scale, zero_point)
 
-    def least_and_largest(self, x: Array, scale: Array, zero_point: Array) -> tuple[Array, Array]:
-        """What it may make of each value; a quantize is monotone."""
-        if not self.near:
+    def least_and_largest(self, x: Array, scale: Array, zero_point: Array, *, behind: str) -> tuple[Array, Array]:
+        """What it may make of each value behind an operation of a kind; a quantize is monotone."""
+        if behind not in self.joined:
             return (self.alone(x, scale, zero_point),) * 2
         ends = (x + np.float32(sign * self.near) * scale for sign in (-1, 1))
         least, largest = (self.alone(end, scale, zero_point) for end in ends)
