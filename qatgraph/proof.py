@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from qatgraph.operators import QUANTIZE
 from qatgraph.ops import keeps_grid
 from qatgraph.parity import RegionTap, compare_regions, has_region, without_reference
 from qatgraph.planning.fallback import fallback_report
-from qatgraph.planning.plan import Plan
+from qatgraph.planning.plan import Plan, Prediction
 from qatgraph.quantizers.findings import findings
 from qatgraph.regions import Region
 from qatgraph.report.machine import check_cpu, has_vnni, isa
@@ -145,10 +145,14 @@ def _kernels(report: Report, backend: Any, plan: Plan, model: bytes) -> None:
         report.failures += [f"integers are converted at a border: {c}" for c in backend.border_conversions(model)]
 
 
+def _k_rows(prediction: Prediction) -> Callable[[reference.Array], reference.Array]:
+    return reference.position_rows if prediction.k_order == "by-position" else reference.k_rows
+
+
 def _overflow(report: Report, backend: Any, plan: Plan, model: bytes, feed: dict[str, reference.Array]) -> None:
     weights = {owner(n): c["weight"][0] for n, c in backend.product_constants(model).items()}
-    paired = {p.node for p in plan.predictions if p.in_pairs} if plan.requires != "vnni" else set()
-    worst = {n: reference.worst_pair(reference.pair_rows(w)) for n, w in weights.items() if n in paired}
+    paired = [] if plan.requires == "vnni" else [p for p in plan.predictions if p.in_pairs and p.node in weights]
+    worst = {p.node: reference.worst_pair(_k_rows(p)(weights[p.node])) for p in paired}
     low = {n: int(w.min()) for n, w in weights.items()}
     bad = [n for n in weights if worst.get(n, 0) > 128 or low[n] < -127]
     report.overflow = {

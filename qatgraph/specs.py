@@ -46,6 +46,7 @@ class ScaleRule(StrEnum):
 
     ``PAIR_SAFE``: no two neighbouring products along K overflow the 16-bit sums of VPMADDUBSW
     (Intel SDM vol. 2, x86 without VNNI): ``|q[2k]| + |q[2k+1]| <= 128`` for pairs of one sign.
+    ``PAIR_SAFE_BY_POSITION``: the same where pairs start anew at each position of a filter, as in oneDNN.
     ``REDUCED_RANGE``: weights of 7 bits, ``|q| <= 63``, which cannot overflow them either.
     ``DYNAMIC``: the grid is that of each tensor itself, found at run time, as ONNX DynamicQuantizeLinear finds it.
     ``FIXED``: that of an integer input, which the model itself says; nobody chooses it.
@@ -55,6 +56,7 @@ class ScaleRule(StrEnum):
     FREE = "free"
     POWER_OF_TWO = "power-of-two"
     PAIR_SAFE = "pair-safe"
+    PAIR_SAFE_BY_POSITION = "pair-safe-by-position"
     REDUCED_RANGE = "reduced-range"
     DYNAMIC = "dynamic"
     FIXED = "fixed"

@@ -245,19 +245,22 @@ ANEW = np.zeros((1, 3, 2), np.float32)  # two weights at the second position: ne
 ANEW[0, :2, 1] = 1.0
 
 
+BY_POSITION = QuantSpec.parse("s8 symmetric per-channel(0) pair-safe-by-position")
+
+
 @many
-@given(FILTERS, st.sampled_from([PAIR_SAFE, PAIR_SAFE_TENSOR]))
-@example(ANEW, PAIR_SAFE)
-def test_pair_safe_filters_are_safe_wherever_pairs_start(weight: Array, spec: QuantSpec) -> None:
-    q, _ = integers(weight, spec)
-    assert reference.worst_pair(reference.pair_rows(q)) <= PAIR_LIMIT
-    assert reference.worst_pair(reference.k_rows(q)) <= PAIR_LIMIT
+@given(FILTERS)
+@example(ANEW)
+def test_pair_safe_filters_are_safe_where_their_pairs_start(weight: Array) -> None:
+    assert reference.worst_pair(reference.k_rows(integers(weight, PAIR_SAFE)[0])) <= PAIR_LIMIT
+    assert reference.worst_pair(reference.position_rows(integers(weight, BY_POSITION)[0])) <= PAIR_LIMIT
 
 
-def test_a_filter_that_is_safe_in_one_order_may_overflow_in_the_other() -> None:
-    q = np.rint(ANEW * 127).astype(np.int8)
-    assert reference.worst_pair(reference.k_rows(q)) == 127
-    assert reference.worst_pair(reference.pair_rows(q)) == 254
+def test_a_filter_that_is_safe_in_one_order_overflows_in_the_other() -> None:
+    assert reference.worst_pair(reference.position_rows(integers(ANEW, PAIR_SAFE)[0])) == 254
+    on = np.zeros((1, 3, 2), np.float32)
+    on[0, 2, 0] = on[0, 0, 1] = 1.0  # the last channel of the first position, the first of the second
+    assert reference.worst_pair(reference.k_rows(integers(on, BY_POSITION)[0])) == 254
 
 
 @many

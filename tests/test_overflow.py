@@ -54,7 +54,7 @@ def test_no_pair_of_weights_in_the_file_can_overflow(name: str) -> None:
     planned = {p.node: p for p in lowered(name).plan.predictions if p.int8 and p.accumulator}
     assert set(weights) == set(planned)
     assert all(w.dtype == np.int8 for w in weights.values())
-    paired = [reference.pair_rows(w) for n, w in weights.items() if planned[n].accumulator == "pair16-without-vnni"]
+    paired = [reference.k_rows(w) for n, w in weights.items() if planned[n].accumulator == "pair16-without-vnni"]
     assert max(map(reference.worst_pair, paired)) <= 128
     assert min(int(w.min()) for w in weights.values()) >= -127
 

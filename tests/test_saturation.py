@@ -97,11 +97,12 @@ def test_the_order_of_k_is_that_of_the_window_with_the_channel_fastest() -> None
     assert reference.k_rows(weight.reshape(2, 12)).tolist() == weight.reshape(2, 12).tolist()
 
 
-def test_all_pairs_are_those_that_run_on_and_those_that_start_anew_at_each_position() -> None:
+def test_by_position_pairs_start_anew() -> None:
     weight = np.arange(1, 7, dtype=np.int8).reshape(1, 3, 2)
-    assert reference.pair_rows(weight).tolist() == [[1, 3, 5, 2, 4, 6, 1, 3, 5, 0, 2, 4, 6, 0]]
+    assert reference.k_rows(weight).tolist() == [[1, 3, 5, 2, 4, 6]]
+    assert reference.position_rows(weight).tolist() == [[1, 3, 5, 0, 2, 4, 6, 0]]
     even = np.arange(1, 9, dtype=np.int8).reshape(1, 4, 2)
-    assert reference.pair_rows(even).tolist() == reference.k_rows(even).tolist()
+    assert reference.position_rows(even).tolist() == reference.k_rows(even).tolist()
 
 
 def test_a_pure_depthwise_convolution_pairs_nothing_and_one_with_a_multiplier_does() -> None:

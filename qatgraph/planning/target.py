@@ -35,7 +35,7 @@ Needs = Literal["", "inputs-int8", "readers-int8", "between-int8", "inside", "be
 # How the kernel makes its result of the int32 sums, or of the integers that it read: see ``Row.requant``.
 Requant = Literal["", "float-result", "scaled-sum", "through-float", "in-float", "moved"]
 Accumulator = Literal["", "int32", "pair16-without-vnni"]
-KOrder = Literal["", "rows", "channels-last"]
+KOrder = Literal["", "rows", "channels-last", "by-position"]
 Requires = Literal["", "vnni"]
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d")  # their weights are [out, in, ...]: the sum runs over the rest
 
@@ -63,7 +63,8 @@ class Row(UserModel):
     many steps the engine may differ from it. ``finest``: the step of the result is at least this share of that of the
     input, or the engine fails. ``accumulator``: ``int32``, or ``pair16-without-vnni``, where products are first added
     in pairs to 16 bits on x86 without VNNI; ``k_order``: along which order of the weight those pairs lie, the rows
-    ``[N, K]`` of a matrix or the channels of each position of a filter. ``versions``: the engine that the row speaks
+    ``[N, K]`` of a matrix or the channels of a filter position by position, where an odd last channel meets the first
+    of the next one (``channels-last``) or none (``by-position``). ``versions``: the engine that the row speaks
     of, and the oldest version, ``onnxruntime >= 1.24.1``.
 
     ``why`` and ``remedy`` are sentences with the words of ``NodeFact.words``.
@@ -175,7 +176,7 @@ def no_quantizer(op: str, role: str, spec: QuantSpec) -> str:
     if role != "weight":
         if spec.axis is not None:
             return "an activation has one scale: per-tensor"
-        bound = spec.scale in (ScaleRule.PAIR_SAFE, ScaleRule.REDUCED_RANGE)
+        bound = spec.scale in (ScaleRule.PAIR_SAFE, ScaleRule.PAIR_SAFE_BY_POSITION, ScaleRule.REDUCED_RANGE)
         return f"{spec.scale.value} is a rule for weights" if bound else ""
     if (spec.dtype, spec.scheme) != (DType.S8, Scheme.SYMMETRIC):
         return "weights are s8 symmetric"

@@ -93,11 +93,12 @@ def activation(draw: Draw, spec: QuantSpec, shape: Sequence[int]) -> Operand:
 
 def weight(draw: Draw, spec: QuantSpec, shape: Sequence[int], k_order: str = "rows") -> Operand:
     """Constant integers; those that are pair-safe are drawn in the order in which the engine's pairs lie."""
-    channels = k_order == "channels-last"
+    channels = k_order in ("channels-last", "by-position")
     q = integers(draw, (shape[0], *shape[2:], shape[1]) if channels else shape, spec.qmin, spec.qmax).astype(np.int32)
     if spec.scale is ScaleRule.PAIR_SAFE:
-        tighten(q)  # pairs that start anew at each position
         tighten(q.reshape(len(q), -1))
+    if spec.scale is ScaleRule.PAIR_SAFE_BY_POSITION:
+        tighten(q)
     if spec.block is not None:
         blocks = (shape[0], -(-shape[1] // spec.block))
         every = scales(draw, blocks[0] * blocks[1], spec.scale).reshape(blocks)

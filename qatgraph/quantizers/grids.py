@@ -40,7 +40,7 @@ def weight_scale(weight: torch.Tensor, spec: QuantSpec, floor: torch.Tensor | No
     ``floor``: no scale is smaller, see ``bias_floor``.
     Pair-safe scales bound every pair (2i, 2i+1) along K: the last axis of a matrix, and of a filter
     ``[out, in, *kernel]`` the input channels of each position. Where these are odd in number, pairs run on into the
-    next position (MLAS) or start anew at each (oneDNN): both are bounded.
+    next position; by position they start anew at each.
     """
     weight = weight.detach()
     rows = weight.movedim(spec.axis, 0) if spec.axis else weight.movedim(1, -1)
@@ -49,10 +49,9 @@ def weight_scale(weight: torch.Tensor, spec: QuantSpec, floor: torch.Tensor | No
     top = flat.abs().amax(dim=dims)
     scale = top / (REDUCED_LIMIT if spec.scale is ScaleRule.REDUCED_RANGE else spec.qmax)
     if spec.scale is ScaleRule.PAIR_SAFE:
-        shares = pair_share(flat)
-        if rows.ndim > 2 and rows.shape[-1] % 2:
-            shares = torch.cat([shares, pair_share(rows).flatten(1)], -1)
-        scale = torch.maximum(scale, shares.amax(dim=dims) * _HEAD_ROOM)
+        scale = torch.maximum(scale, pair_share(flat).amax(dim=dims) * _HEAD_ROOM)
+    if spec.scale is ScaleRule.PAIR_SAFE_BY_POSITION:
+        scale = torch.maximum(scale, pair_share(rows).flatten(1).amax(dim=dims) * _HEAD_ROOM)
     if floor is not None:
         scale = torch.maximum(scale, floor)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=torch.finfo(torch.float32).tiny)

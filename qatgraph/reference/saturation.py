@@ -32,17 +32,14 @@ def k_rows(weight: Array, *, groups: int = 1) -> Array:
     return alone
 
 
-def pair_rows(weight: Array) -> Array:
-    """``[O, K]``, in which (2i, 2i + 1) are all pairs that an engine may add first.
+def position_rows(weight: Array) -> Array:
+    """``k_rows`` in the order of oneDNN, in which pairs start anew at each position: a 0 behind an odd last channel.
 
-    Those of ``k_rows``; and where the channels of a filter are odd in number also those of oneDNN, which start anew at
-    each position. Source: measured on OpenVINO 2026.4.1 with ``ONEDNN_MAX_CPU_ISA=AVX2``.
+    Source: measured on OpenVINO 2026.4.1 with ``ONEDNN_MAX_CPU_ISA=AVX2``.
     """
-    rows = k_rows(weight)
-    if weight.ndim == 2 or weight.shape[1] % 2 == 0:
-        return rows
-    each = _even(np.moveaxis(weight, 1, -1)).reshape(len(weight), -1)
-    return np.concatenate([_even(rows), each], -1)
+    if weight.ndim == 2:
+        return weight
+    return _even(np.moveaxis(weight, 1, -1)).reshape(len(weight), -1)
 
 
 def worst_pairs(rows: Array) -> Array:
