@@ -133,7 +133,7 @@ def grid_over(draw: Draw, spec: QuantSpec, values: Array) -> Grid:
 
 
 def grid_of_halves(draw: Draw, spec: QuantSpec, grid: Grid) -> Grid:
-    """A grid two or four times as coarse as another one: half or a quarter of its steps lie between two steps."""
+    """A grid two or four times as coarse as another one: half or a quarter of its steps lie in the middle of two."""
     return Grid(spec.dtype, np.asarray(grid.scale * np.float32(one_of(draw, [2, 4]))), zero_point(draw, spec))
 
 
