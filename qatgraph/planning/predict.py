@@ -53,8 +53,8 @@ def blocked(row: Row, fact: NodeFact, wants: Wants) -> str:
         return f"the row is for sums of {row.least_terms} products or more, here they are of {fact.terms}"
     if row.beyond is not None and row.beyond != fact.beyond:
         return "its last window reaches beyond the padding, where the engine's kernel does other than torch"
-    read = {*fact.behind, *(k for k in fact.readers if k not in row.fuses_after)}
-    reader = next((k for k in row.not_read_by if k in read), None)
+    behind = ((k, fact.behind if k in row.fuses_after else fact.readers) for k in row.not_read_by)
+    reader = next((kind for kind, read in behind if kind in read), None)
     if reader is not None:
         return f"a {reader} reads the result, and the engine makes of the two what the row does not promise"
     if row.on_request and not (wants.x if row.dynamic_x else wants.weight):

@@ -50,7 +50,8 @@ class Row(UserModel):
     ``depthwise``: whether each channel has a filter of its own and nothing else. ``least_terms``: how many products a
     sum has at least. ``beyond``: whether windows may reach beyond the padding (``ceil_mode``), of an average those that
     count it. ``reads``: how many activations it takes; constants and numbers do
-    not count. ``not_read_by``: kinds that must not read the result. ``fuses_after``: kinds of one region with this node
+    not count. ``not_read_by``: kinds that must not read the result; of those that the kernel takes in, none may behind
+    that and behind what only moves it, see ``NodeFact.behind``. ``fuses_after``: kinds of one region with this node
     that its kernel takes in, if their smallest value is 0; the grid ``out`` stands behind them. ``fuses_before``: kinds
     that it takes in on the way to ``x``, if it alone reads them: a ``pad`` with zeros; the grid stands in front of
     them. ``needs``: ``inputs-int8``, every input is written as integers; ``readers-int8``, every reader takes integers;
