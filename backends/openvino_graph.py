@@ -21,11 +21,8 @@ MOVERS = frozenset(
     {"Reshape", "Transpose", "StridedSlice", "Split", "Squeeze", "Unsqueeze", "Gather", "GatherElements", "GatherND",
      "Broadcast", "Tile", "DepthToSpace", "SpaceToDepth", "Pooling"}
 )  # fmt: skip
-EITHER = MOVERS | {
-    "Concatenation",
-    "Convert",
-    "Reduce",
-}  # they may read integers where the file has floats: the same numbers
+# they may read integers in the place of the same floats
+EITHER = MOVERS | {"Concatenation", "Convert", "Reduce"}
 
 
 class EngineNode(NamedTuple):

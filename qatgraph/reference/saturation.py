@@ -167,7 +167,7 @@ def _halves(rows: Array) -> tuple[Array, Array]:
 
 def _even(rows: Array) -> Array:
     """With a 0 behind an odd last one."""
-    return np.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, rows.shape[-1] % 2)])
+    return np.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, 1)]) if rows.shape[-1] % 2 else rows
 
 
 def _unsigned(x: Array, zero_point: int) -> tuple[Array, int]:
